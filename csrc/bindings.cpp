@@ -386,6 +386,38 @@ void py_rotate_heads(handle inputs, handle options, handle outputs, ExecutionArg
   run(rotate_heads, args, execution);
 }
 
+void py_attention_block(handle inputs, handle options, handle outputs, ExecutionArgument execution) {
+  Call call(inputs, 21, options, 7, outputs, 4, execution);
+  const auto linear = [&](const char* name) {
+    return Linear{.weight = call.inputs.weight(name), .bias = call.inputs.in_or_none(name)};
+  };
+  const AttentionBlockArgs args{.x = call.inputs.in("x"),
+                                .input_norm = call.inputs.in("input_norm"),
+                                .output_norm = call.inputs.in("output_norm"),
+                                .q_proj = linear("q_proj"),
+                                .k_proj = linear("k_proj"),
+                                .v_proj = linear("v_proj"),
+                                .o_proj = linear("o_proj"),
+                                .q_norm = call.inputs.in_or_none("q_norm"),
+                                .k_norm = call.inputs.in_or_none("k_norm"),
+                                .cos = call.inputs.in("cos"),
+                                .sin = call.inputs.in("sin"),
+                                .angles = call.options.value<int64_t>("angles"),
+                                .starts = call.inputs.in_or_none("starts"),
+                                .sinks = call.inputs.in_or_none("sinks"),
+                                .length = call.options.value<int64_t>("length"),
+                                .scale = call.options.value<float>("scale"),
+                                .window = call.options.value<int64_t>("window"),
+                                .input_eps = call.options.value<float>("input_eps"),
+                                .head_eps = call.options.value<float>("head_eps"),
+                                .output_eps = call.options.value<float>("output_eps"),
+                                .keys = call.outputs.in_out("keys"),
+                                .values = call.outputs.in_out("values"),
+                                .y = call.outputs.out("y"),
+                                .sum = call.outputs.out("sum")};
+  run(attention_block, args, execution);
+}
+
 }  // namespace
 }  // namespace switchgear
 
@@ -433,5 +465,6 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
     op("attend", &py_attend, "Writes the attention of new tokens over a cache of keys and values.");
     op("rms_norm", &py_rms_norm, "Writes rows divided by their root mean square, times a weight.");
     op("rotate_heads", &py_rotate_heads, "Writes queries, keys and values of new tokens, normalised and rotated.");
+    op("attention_block", &py_attention_block, "Writes the attention of a decoder layer, between two norms.");
   }
 }

@@ -2,9 +2,11 @@
 // Checks the arguments of each op once, against the shapes in ops.h, then calls the device's table. Kernels trust them.
 #include "switchgear/ops.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <utility>
 
@@ -688,6 +690,101 @@ void rotate_heads(const RotateHeadsArgs& args, Execution exec) {
   call.output("v_out", args.v_out, kFloat, {&B, &T, &J, &V}, kRows);
   call.check_overlap();
   if (T.size > 0) call.run(&Backend::rotate_heads, args, exec);
+}
+
+// ---- attention_block ---
+
+namespace {
+
+// out [T,N] = x [T,C] · weightᵀ + bias
+void multiply(const Linear& linear, const TensorView& x, const TensorView& out, Execution exec) {
+  if (linear.weight.data.ndim == 2) {
+    return gate({.x = x, .weight = linear.weight.data, .bias = linear.bias, .router_logits = out}, exec);
+  }
+  std::array offsets{0, static_cast<int32_t>(x.shape[0])};
+  GroupedGemmArgs args{.x = x, .weight = linear.weight, .bias = linear.bias, .out = out};
+  args.expert_offsets = view(offsets.data(), DType::kInt32, 2);
+  if (args.bias.defined()) args.bias = view(args.bias.data, args.bias.dtype, 1, args.bias.shape[0]);
+  grouped_gemm(args, exec);
+}
+
+int64_t rows_of(const Linear& linear) {
+  return linear.weight.data.ndim == 2 ? linear.weight.data.shape[0] : linear.weight.num_rows();
+}
+
+// The new tokens' part of a cache [B,J,C,D], as [B,T,J,D].
+TensorView tokens_of(TensorView cache, int64_t begin, int64_t count) {
+  cache.data = static_cast<char*>(cache.data) + begin * cache.stride[2] * size_of(cache.dtype);
+  cache.shape[2] = count;
+  std::swap(cache.shape[1], cache.shape[2]);
+  std::swap(cache.stride[1], cache.stride[2]);
+  return cache;
+}
+
+}  // namespace
+
+void attention_block(const AttentionBlockArgs& args, Execution exec) {
+  Call call(exec);
+  Dim B{"B", 0}, T{"T", 0}, H{"H"}, J{"J"}, C{"C"}, D{"D"}, V{"V"}, rows{"B·T", 0};
+  call.input("x", args.x, kFloat, {&B, &T, &H});
+  call.output("keys", args.keys, kFloat, {&B, &J, &C, &D}, kRows);
+  call.output("values", args.values, kFloat, {&B, &J, &C, &V}, kRows);
+  call.output("y", args.y, kFloat, {&rows, &H});
+  call.output("sum", args.sum, kFloat, {&rows, &H});
+  call.check_overlap();
+  SWITCHGEAR_CHECK(ValueError, args.length >= T.size && args.length <= C.size, "length: expected T=", T.size,
+                   " to C=", C.size, ", got ", args.length);
+  const int64_t num_rows = B.size * T.size, heads = rows_of(args.q_proj) / D.size;
+  const int64_t q_width = heads * D.size, k_width = J.size * D.size, v_width = J.size * V.size,
+                out_width = heads * V.size;
+  const DType dtype = args.x.dtype;
+  const auto memory = std::make_unique_for_overwrite<char[]>(
+      static_cast<size_t>(num_rows * size_of(dtype) * (2 * H.size + 2 * q_width + k_width + v_width + out_width)));
+  char* next = memory.get();
+  const auto take = [&](int64_t width) {
+    const TensorView taken = view(next, dtype, num_rows, width);
+    next += num_rows * width * size_of(dtype);
+    return taken;
+  };
+  const auto heads_of = [&](const TensorView& taken, int64_t count) {
+    return view(taken.data, dtype, B.size, T.size, count, taken.shape[1] / count);
+  };
+
+  const TensorView x = view(args.x.data, dtype, num_rows, H.size), normed = take(H.size), mixed = take(H.size);
+  const TensorView q = take(q_width), k = take(k_width), v = take(v_width), turned = take(q_width),
+                   attended = take(out_width);
+  rms_norm({.x = x, .weight = args.input_norm, .eps = args.input_eps, .y = normed}, exec);
+  multiply(args.q_proj, normed, q, exec);
+  multiply(args.k_proj, normed, k, exec);
+  multiply(args.v_proj, normed, v, exec);
+  RotateHeadsArgs rotation{.q = heads_of(q, heads),
+                           .k = heads_of(k, J.size),
+                           .v = heads_of(v, J.size),
+                           .cos = args.cos,
+                           .sin = args.sin,
+                           .q_weight = args.q_norm,
+                           .k_weight = args.k_norm,
+                           .eps = args.head_eps,
+                           .q_out = heads_of(turned, heads),
+                           .k_out = tokens_of(args.keys, args.length - T.size, T.size),
+                           .v_out = tokens_of(args.values, args.length - T.size, T.size)};
+  for (TensorView* angles : {&rotation.cos, &rotation.sin}) {
+    angles->shape[2] = std::min(angles->shape[2], args.angles);
+  }
+  rotate_heads(rotation, exec);
+  attend({.q = rotation.q_out,
+          .keys = args.keys,
+          .values = args.values,
+          .starts = args.starts,
+          .sinks = args.sinks,
+          .length = args.length,
+          .scale = args.scale,
+          .window = args.window,
+          .out = heads_of(attended, heads)},
+         exec);
+  multiply(args.o_proj, attended, mixed, exec);
+  rms_norm({.x = mixed, .residual = x, .weight = args.output_norm, .eps = args.output_eps, .y = args.y, .sum = args.sum},
+           exec);
 }
 
 }  // namespace switchgear

@@ -448,4 +448,4 @@ def test_a_stub_of_transformers_is_none(stub: types.ModuleType | None, monkeypat
 def test_a_star_import_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     names = runpy.run_path(switchgear.__file__)["__all__"]
-    assert set(switchgear.__all__) - set(names) == {"accelerate", "load_gguf", "save_gguf"}
+    assert set(switchgear.__all__) - set(names) == {"accelerate", "load_gguf", "save_gguf", "save_gguf_adapter"}

@@ -51,6 +51,17 @@ def test_gguf_is_written_back_with_the_same_bytes() -> None:
     assert load("gguf")["main"]()[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("steps", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_grpo_has_the_log_probabilities_of_its_rollouts(steps: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    results = load("grpo")["main"](steps, dtype)
+    assert {result.difference for result in results} == {0.0}
+    assert max(result.plain_difference for result in results) > 0
+    if steps == 40:
+        assert results[-1].reward > results[0].reward + 0.15
+
+
 @pytest.mark.slow
 def test_row32_towards_understanding_moe_needs_a_mixture_of_nonlinear_experts() -> None:
     """The authors' accuracies: 100.0 (runs from 98.1 on), 92.9, 79.6 and 68.3 %; single networks: see the example."""
@@ -158,6 +169,7 @@ def test_distill_teaches_a_student() -> None:
 
 def test_each_example_is_tested() -> None:
     tested = {
+        "grpo",
         "gguf",
         "lora_moe",
         "lora_trainer",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,51 +16,16 @@ from errors import raises
 from switchgear.integrations.gguf import ARCHITECTURES
 from switchgear.integrations.gguf_file import Array, GgufFile, GgufTensor, Value, read_gguf, write_gguf
 from switchgear.layers import StoredEmbedding, StoredLinear
+from switchgear.reference import gguf
 from switchgear.weights import stored_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-SIZES = {
-    "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
-    "intermediate_size": 256, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
-    "num_experts_per_tok": 2, "max_position_embeddings": 128, "initializer_range": 0.05,
-}  # fmt: skip
-OWN = {
-    "olmoe": {"num_experts": 4, "num_key_value_heads": 4},  # llama.cpp knows no other
-    "qwen3moe": {"head_dim": 32, "num_experts": 4, "norm_topk_prob": True},
-    "llama": {"num_local_experts": 4},
-    "granitemoe": {
-        "num_local_experts": 4, "embedding_multiplier": 2.0, "attention_multiplier": 0.1, "logits_scaling": 0.5,
-        "residual_multiplier": 0.25, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
+from gguf_models import IDS, distance, logits_of, make_model  # noqa: E402
+
 # Of logits, in the 2-norm: activations are rounded to 8 bits, by 0.005 in each of ten products one after the other.
 ROUNDED = 0.05
-IDS = torch.arange(24).view(2, 12) * 7 % 96
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
-
-
-def make_model(name: str) -> Any:
-    torch.manual_seed(0)
-    fields = {**SIZES, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    fields |= OWN.get(name, {"num_experts": 4})
-    config = transformers.AutoConfig.for_model(ARCHITECTURES[name].model_type, **fields)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    switchgear.accelerate(model)
-    return model
-
-
-def logits_of(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(IDS).logits
-    return logits
-
-
-def distance(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got - wanted).norm() / wanted.norm())
 
 
 @architectures
@@ -80,8 +47,10 @@ def test_stored_weights_are_those_of_the_file(name: str, type: str, tmp_path: Pa
     path = tmp_path / "a.gguf"
     switchgear.save_gguf(make_model(name), path, type)
     model = switchgear.load_gguf(path)
-    for part in model.modules():
-        assert not isinstance(part, torch.nn.Linear) or isinstance(part, StoredLinear) or part.out_features == 1
+    for path_of_part, part in model.named_modules():
+        is_split = path_of_part.endswith("kv_b_proj")  # of which files have a transposed half
+        is_plain = is_split or getattr(part, "out_features", 1) == 1
+        assert not isinstance(part, torch.nn.Linear) or isinstance(part, StoredLinear) != is_plain
         assert not isinstance(part, torch.nn.Embedding) or isinstance(part, StoredEmbedding)
     with switchgear.use_backend("reference"):
         wanted = logits_of(model)
@@ -116,6 +85,60 @@ def test_experts_are_views_of_the_file(tmp_path: Path) -> None:
     assert torch.equal(logits_of(switchgear.load_gguf(shards[1])), wanted)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_pages_of_copied_tensors_are_freed(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    switchgear.save_gguf(make_model("olmoe"), path, "f32")
+    file = read_gguf(path)
+    head = file.tensors["output.weight"]
+    stored = GgufTensor("q8_0", head.shape, gguf.encode("q8_0", head.data))
+    write_gguf(other, file.metadata, {**file.tensors, "output.weight": stored})
+    model = switchgear.load_gguf(other)
+    _, _, mapped = Path("/proc/self/smaps").read_text().partition(f"{other}\n")
+    resident = re.search(r"^Rss: +(\d+) kB", mapped, re.M)
+    assert resident is not None
+    assert int(resident[1]) << 10 < other.stat().st_size / 10
+    assert torch.equal(model.model.embed_tokens.weight, file.tensors["token_embd.weight"].data)
+
+
+def test_older_files_have_latent_keys_and_values_in_one_matrix(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    model = make_model("deepseek2:softmax", q_lora_rank=None)
+    switchgear.save_gguf(model, path, "f32")
+    file, whole = read_gguf(path), {}
+    for name, tensor in file.tensors.items():
+        if "attn_k_b" in name:
+            data = model.model.layers[int(name.split(".")[1])].self_attn.kv_b_proj.weight.detach()
+            whole[name.replace("k_b", "kv_b")] = GgufTensor("f32", tuple(data.shape), data)
+        elif "attn_v_b" not in name:
+            whole[name] = tensor
+    sizes = {"key_length": 64, "value_length": 64, "head_count_kv": 4}
+    metadata = file.metadata | {f"deepseek2.attention.{key}": Value("uint32", size) for key, size in sizes.items()}
+    metadata = {key: value for key, value in metadata.items() if "_mla" not in key and "gating" not in key}
+    write_gguf(other, metadata, whole)
+    loaded = switchgear.load_gguf(other)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    switchgear.save_gguf(loaded, path, like=other)
+    assert path.read_bytes() == other.read_bytes()
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    model = make_model("glm4moe")
+    switchgear.save_gguf(model, path, "f32")
+    file = read_gguf(path)
+    extra = {"blk.2.nextn.enorm.weight": GgufTensor("f32", (256,), torch.ones(256))}
+    metadata = file.metadata | {
+        "glm4moe.block_count": Value("uint32", 3), "glm4moe.nextn_predict_layers": Value("uint32", 1)
+    }  # fmt: skip
+    write_gguf(other, metadata, file.tensors | extra)
+    loaded = switchgear.load_gguf(other)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    switchgear.save_gguf(loaded, path, like=other)
+    assert read_gguf(path).get("glm4moe.nextn_predict_layers") == 0
+    assert torch.equal(logits_of(switchgear.load_gguf(path)), logits_of(model))
+
+
 @pytest.mark.parametrize("change", ["dtype", "mixed", "packed", "plain embedding", "restored"])
 def test_models_that_are_changed_are_written_as_they_are(change: str, tmp_path: Path) -> None:
     path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
@@ -144,6 +167,27 @@ def test_models_that_are_changed_are_written_as_they_are(change: str, tmp_path: 
     switchgear.save_gguf(model, other, like=path)
     assert (other.read_bytes() == path.read_bytes()) == (change not in ("mixed", "dtype", "restored"))
     assert distance(logits_of(switchgear.load_gguf(other)), wanted.float()) < 0.05
+
+
+def test_tensors_are_encoded_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, encoded, path = gguf.encode, [], tmp_path / "a.gguf"
+
+    def encode_alone(name: str, weight: torch.Tensor) -> torch.Tensor:
+        assert all(reference() is None for reference in encoded)
+        encoded.append(weakref.ref(data := encode(name, weight)))
+        return data
+
+    monkeypatch.setattr(gguf, "encode", encode_alone)
+    model = make_model("llama")
+    switchgear.save_gguf(model, path, "q8_0")
+    assert len(encoded) == 2 * (4 + 3) + 2
+    before = path.read_bytes()
+    with torch.no_grad():
+        model.lm_head.weight[-1, -1] = float("nan")
+    with raises(ValueError, "output.weight"):  # the last tensor, when others are in the unfinished file
+        switchgear.save_gguf(model, path, "q8_0")
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
 
 
 MISSING: dict[str, Any] = {
@@ -188,6 +232,24 @@ def test_what_is_missing_or_wrong_is_named(name: str, file: GgufFile, tmp_path: 
         switchgear.load_gguf(tmp_path / "a.gguf")
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("glm4moe", "nextn_predict_layers", Value("uint32", 2)),
+        ("glm4moe", "rope.dimension_count", Value("uint32", 65)),
+        ("glm4moe", "expert_weights_norm", Value("uint32", 1)),
+        ("deepseek2", "attention.key_length_mla", Value("uint32", 32)),
+        ("deepseek2", "expert_gating_func", Value("uint32", 3)),
+    ],
+)
+def test_keys_of_some_architectures_are_named(name: str, key: str, value: Value, tmp_path: Path) -> None:
+    switchgear.save_gguf(make_model(name), tmp_path / "a.gguf", "f32")
+    file = read_gguf(tmp_path / "a.gguf")
+    write_gguf(tmp_path / "b.gguf", file.metadata | {f"{name}.{key}": value}, file.tensors)
+    with raises(ValueError, key):
+        switchgear.load_gguf(tmp_path / "b.gguf")
+
+
 def test_what_cannot_be_loaded_or_written(file: GgufFile, tmp_path: Path) -> None:
     metadata = {**file.metadata, "general.architecture": Value("string", "gpt2")}
     write_gguf(tmp_path / "a.gguf", metadata, file.tensors)
@@ -198,6 +260,9 @@ def test_what_cannot_be_loaded_or_written(file: GgufFile, tmp_path: Path) -> Non
         switchgear.save_gguf(model, tmp_path / "b.gguf", "q9")
     with raises(ValueError, "like"):
         switchgear.save_gguf(model, tmp_path / "b.gguf", like=tmp_path / "a.gguf")
+    model.config.norm_topk_prob = True
+    with raises(ValueError, "model.config.norm_topk_prob"):
+        switchgear.save_gguf(model, tmp_path / "b.gguf")
     with raises(ValueError, "model"):
         switchgear.save_gguf(torch.nn.Linear(2, 2), tmp_path / "b.gguf")
     with raises(ValueError, "dtype"):

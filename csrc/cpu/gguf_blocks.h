@@ -63,16 +63,16 @@ inline void look_up_nibbles(uint8_t* codes, const uint8_t* p, const int8_t* tabl
 #endif
 }
 
-// Bit 4 of 32 codes from one bit each.
-inline void add_high_bits(uint8_t* codes, const uint8_t* p) {
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    uint64_t eight;
-    __builtin_memcpy(&eight, codes + 8 * i, 8);
-    const uint64_t bits = p[i] * 0x0101010101010101u & 0x8040201008040201u;  // bit j in byte j
-    eight |=
-        ((bits + 0x7f7f7f7f7f7f7f7fu) & 0x8080808080808080u) >> 3;  // a byte that is not zero carries into its bit 7
-    __builtin_memcpy(codes + 8 * i, &eight, 8);
+// Codes of 5 bits: nibbles as above, and the highest bit of each column in order.
+inline void unpack_fives(uint8_t* codes, const uint8_t* p, const uint8_t* bits) {
+  typedef uint64_t Eights __attribute__((vector_size(16)));
+  constexpr uint64_t kEach = 0x0101010101010101u, kBit = 0x8040201008040201u;  // bit j in byte j
+  const Run<16> run(p);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const Eights set = {bits[2 * half] * kEach & kBit, bits[2 * half + 1] * kEach & kBit};
+    const auto is_set = reinterpret_cast<Run<16>::Vector>(reinterpret_cast<const Run<16>::Vector&>(set) != 0);
+    store_vector(codes + 16 * half, (half == 0 ? run.v & 15 : run.v >> 4) | (is_set & 16));
   }
 }
 
@@ -110,19 +110,13 @@ struct Block<Format::kQ41> : NarrowBlock<0> {
 };
 template <>
 struct Block<Format::kQ50> : NarrowBlock<16> {
-  static void unpack(uint8_t* codes, const uint8_t* b, int) {
-    unpack_nibbles<16>(codes, b + 6);
-    add_high_bits(codes, b + 2);
-  }
+  static void unpack(uint8_t* codes, const uint8_t* b, int) { unpack_fives(codes, b + 6, b + 2); }
   static Factors factors(const uint8_t* b) { return {.d = half_at(b)}; }
 };
 template <>
 struct Block<Format::kQ51> : NarrowBlock<0> {
   static constexpr bool kHasMins = true;
-  static void unpack(uint8_t* codes, const uint8_t* b, int) {
-    unpack_nibbles<16>(codes, b + 8);
-    add_high_bits(codes, b + 4);
-  }
+  static void unpack(uint8_t* codes, const uint8_t* b, int) { unpack_fives(codes, b + 8, b + 4); }
   static Factors factors(const uint8_t* b) { return {.d = half_at(b), .m = -half_at(b + 2)}; }
 };
 template <>

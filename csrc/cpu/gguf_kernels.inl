@@ -16,6 +16,8 @@ namespace {
 constexpr int kColumns = 4 * kLanes;  // of a vector of bytes
 constexpr int kPanel = kPanelVectors * kLanes;
 constexpr int64_t kWide = 256, kNarrow = 32;  // columns of a block
+constexpr int64_t kMostGroups = 256;          // whose integers are made wider at once
+constexpr int64_t kAheadBytes = 2048;         // of weights
 
 // ---- vectors -------------------------------------------------------------------------------------------------------------
 
@@ -174,32 +176,45 @@ struct Parts {
         offsets(reinterpret_cast<float*>(codes + row.offsets)) {}
 };
 
+// The integers of all groups are read first, and made wider after: a processor waits for bytes that it has just written one by
+// one, if it reads several at once.
 template <Format kFormat>
 void take_apart(void* memory, const GgufRow& row, const uint8_t* block, int64_t columns) {
   using B = Block<kFormat>;
-  constexpr int64_t kBlock = gguf_type(kFormat).columns;
+  constexpr int64_t kBlock = gguf_type(kFormat).columns, kBytes = gguf_type(kFormat).bytes;
+  constexpr bool kIsWide = kHasIntegerFactors<kFormat>, kHasTerms = kIsWide && (B::kHasMins || B::kOffset != 0);
   constexpr int kGroups = static_cast<int>(kBlock / B::kGroup), kRepeats = B::kGroup / 16;
   const Parts parts(memory, row, columns);
   const int64_t blocks = columns / kBlock;
-  for (int64_t b = 0; b < blocks; ++b, block += gguf_type(kFormat).bytes) {
-    uint8_t* const codes = parts.codes + b * kBlock;
-    for (int unit = 0; unit < kBlock / B::kUnit; ++unit) B::unpack(codes + unit * B::kUnit, block, unit);
-    const Factors f = B::factors(block);
-    parts.scales[b] = f.d;
-    if constexpr (kHasIntegerFactors<kFormat>) {
-      for (int g = 0; g < kGroups; ++g) parts.factors[b * kGroups + g] = factor(f.s[g]);
-      if constexpr (B::kHasMins || B::kOffset != 0) {
-        for (int g = 0; g < 16; ++g) {
-          const int term = B::kHasMins ? f.t[g / kRepeats] : B::kOffset * f.s[g / kRepeats];
-          parts.terms[b * 16 + g] = static_cast<int16_t>(term);
+  int8_t s[kMostGroups];
+  uint8_t t[kMostGroups];
+  for (int64_t b = 0, first = 0; b < blocks; ++b, block += kBytes) {
+    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(block + line + kAheadBytes, 0, 3);
+    for (int unit = 0; unit < kBlock / B::kUnit; ++unit) {
+      uint8_t* const codes = parts.codes + b * kBlock + unit * B::kUnit;
+      B::unpack(codes, block, unit);
+      if constexpr (!kIsWide && B::kOffset != 0) {
+        for (int i = 0; i < kBlock; i += 16) {
+          store_vector(codes + i, Run<16>(codes + i).v - static_cast<uint8_t>(B::kOffset));
         }
       }
-      if constexpr (B::kHasMins) parts.offsets[b] = f.m;
-    } else {
-      if constexpr (B::kOffset != 0) {
-        store_vector(codes, Run<kBlock>(codes).v - static_cast<uint8_t>(B::kOffset));
+    }
+    const Factors f = B::factors(block);
+    parts.scales[b] = f.d;
+    if constexpr (B::kHasMins) parts.offsets[b] = kIsWide ? f.m : -f.m;
+    if constexpr (kIsWide) {
+      const int64_t count = (b - first + 1) * kGroups;
+      __builtin_memcpy(s + count - kGroups, f.s, kGroups);
+      if constexpr (B::kHasMins) __builtin_memcpy(t + count - kGroups, f.t, kGroups);
+      if (count + kGroups <= kMostGroups && b + 1 < blocks) continue;
+      int32_t* const factors = parts.factors + first * kGroups;
+      int16_t* const terms = parts.terms + first * 16;
+      for (int64_t g = 0; g < count; ++g) factors[g] = factor(s[g]);
+      for (int64_t g = 0; kHasTerms && g < count; ++g) {
+        const auto term = static_cast<int16_t>(B::kHasMins ? t[g] : B::kOffset * s[g]);
+        for (int i = 0; i < kRepeats; ++i) terms[g * kRepeats + i] = term;
       }
-      if constexpr (B::kHasMins) parts.offsets[b] = -f.m;
+      first = b + 1;
     }
   }
   if constexpr (kBlock == kNarrow) {  // up to whole vectors

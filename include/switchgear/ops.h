@@ -398,6 +398,35 @@ struct RotateHeadsArgs {
 };
 void rotate_heads(const RotateHeadsArgs& args, Execution exec = {});
 
+// A linear layer: a plain matrix [N,C], or another form of one expert [1,N,C].
+struct Linear {
+  Weight weight;
+  TensorView bias;  // [N], optional
+};
+
+// The attention of a decoder layer, in the ops above and with their bits:
+//   y, sum = rms_norm(o_proj(attend(rotate_heads(q_proj(n), k_proj(n), v_proj(n)))), residual = x),   n = rms_norm(x)
+// The T new tokens are written to the positions [length - T, length) of the cache. Each op checks what it gets.
+struct AttentionBlockArgs {
+  TensorView x;            // [B,T,H] float
+  TensorView input_norm;   // [H], as RmsNormArgs::weight
+  TensorView output_norm;  // [H]
+  Linear q_proj, k_proj, v_proj, o_proj;
+  TensorView q_norm, k_norm;  // as RotateHeadsArgs::q_weight
+  TensorView cos, sin;        // [B,T,R or more]
+  int64_t angles = 0;         // R
+  TensorView starts, sinks;   // as in AttendArgs
+  int64_t length = 0;
+  float scale = 1.0f;
+  int64_t window = 0;
+  float input_eps = 1e-6f, head_eps = 1e-6f, output_eps = 1e-6f;
+  TensorView keys;    // in, out [B,J,C,D]
+  TensorView values;  // in, out [B,J,C,V]
+  TensorView y;       // out [B·T,H]
+  TensorView sum;     // out [B·T,H]
+};
+void attention_block(const AttentionBlockArgs& args, Execution exec = {});
+
 // ---- the ops of a backend ----------------------------------------------------------------------------------------------
 
 // X(op, its arguments, a tensor that every call has). The tables of backends and their declarations come from these lists.

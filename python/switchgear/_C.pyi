@@ -10,6 +10,7 @@ from switchgear._ops import _Array, _Op
 attend: _Op
 rms_norm: _Op
 rotate_heads: _Op
+attention_block: _Op
 
 class _BuildInfo(TypedDict):
     compiler: str

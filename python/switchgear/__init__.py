@@ -7,7 +7,7 @@ Functions:  moe (all experts of a layer), and its stages: gate, route, plan, per
             linear (a product with one matrix)
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) for routers with load balancing
-Models:     accelerate(model) runs a Hugging Face model on the kernels; load_gguf, save_gguf: GGUF files
+Models:     accelerate(model) runs a Hugging Face model on the kernels; load_gguf, save_gguf, …: GGUF files
 Weights:    store(model, form) converts the experts to a faster or smaller form: "auto", "plain", "panels", "compact",
             "int8", "fp8" and others (docs/weights.md); restore(model) decodes it again. The parts are in
             switchgear.weights
@@ -51,6 +51,7 @@ from switchgear.weights import Weight, restore, store
 
 if TYPE_CHECKING:
     from switchgear.integrations.gguf import load_gguf, save_gguf
+    from switchgear.integrations.gguf_adapters import save_gguf_adapter
     from switchgear.integrations.transformers import accelerate
 
 __version__ = version
@@ -98,6 +99,7 @@ __all__ = [
     "route",
     "routing",
     "save_gguf",
+    "save_gguf_adapter",
     "set_cpu_isa",
     "set_cuda_kernels",
     "store",
@@ -105,7 +107,12 @@ __all__ = [
     "weights",
     "z_loss",
 ]
-_OF_TRANSFORMERS = {"accelerate": "transformers", "load_gguf": "gguf", "save_gguf": "gguf"}  # imported on first use
+_OF_TRANSFORMERS = {  # imported on first use
+    "accelerate": "transformers",
+    "load_gguf": "gguf",
+    "save_gguf": "gguf",
+    "save_gguf_adapter": "gguf_adapters",
+}
 # A star import takes every name of the list.
 if not TYPE_CHECKING and (not is_installed("transformers") or is_too_old(installed_version("transformers") or "")):
     __all__ = [name for name in __all__ if name not in _OF_TRANSFORMERS]

@@ -88,9 +88,11 @@ def write_gguf(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
 
 class Llama:
     """A GGUF file, mapped, in llama.cpp on the CPU. length: of the longest text, in tokens.
-    sequences: texts at once at most."""
+    sequences: texts at once at most. adapter: a file of LoRA adapters."""
 
-    def __init__(self, path: Path, vocab_size: int, length: int, threads: int, sequences: int = 1) -> None:
+    def __init__(
+        self, path: Path, vocab_size: int, length: int, threads: int, sequences: int = 1, adapter: Path | None = None
+    ) -> None:
         _, self._library = packages()
         library, self._vocab_size = self._library, vocab_size
         library.llama_backend_init()
@@ -106,6 +108,12 @@ class Llama:
         self._batch = library.llama_batch_init(sequences, 0, 1)
         settings.n_threads = settings.n_threads_batch = threads
         self._context = library.llama_init_from_model(model, settings)
+        if adapter is not None:
+            made = library.llama_adapter_lora_init(model, str(adapter).encode())
+            if not made:
+                raise RuntimeError("llama.cpp does not load the adapter")
+            pointers = (library.llama_adapter_lora_p_ctypes * 1)(made)
+            library.llama_set_adapters_lora(self._context, pointers, 1, (ctypes.c_float * 1)(1.0))
 
     def step(self, ids: list[int], place: int | None = None) -> Tensor:
         """Token ids that follow those before -> logits [V] of the last one. place: of the ids, each of a text of its

@@ -73,13 +73,18 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         tensors [B,J,·,D] and [B,J,·,V]; they define memory if there is none yet."""
         if self.memory is None:
             self.lazy_initialization(*like)
+        begin = self.length
+        keys, values = self.lengthen(count)
+        return keys[:, :, begin : self.length], values[:, :, begin : self.length]
+
+    def lengthen(self, count: int) -> tuple[Tensor, Tensor]:
+        """Makes room in memory, which there is, for `count` more tokens, which the caller writes. Returns memory."""
         keys, values = self.memory  # type: ignore[misc]
         begin, end = self.length, self.length + count
         if end > keys.shape[2]:
             self._allocate(keys[:, :, :begin], values[:, :, :begin], max(end, 2 * keys.shape[2]))
-            keys, values = self.memory  # type: ignore[misc]
         self.length = end
-        return keys[:, :, begin:end], values[:, :, begin:end]
+        return self.memory  # type: ignore[return-value]
 
     def expand(self, compute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The memory of what `compute` makes of keys and values of tokens, which is kept for later calls."""

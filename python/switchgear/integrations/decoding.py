@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear import ops
 from switchgear.backends import in_autocast, runs_natively, warn_once
 from switchgear.functional import AnyWeight, attend, linear, rms_norm, rotate_heads
 from switchgear.functional.gradients import needs_autograd
@@ -39,6 +40,7 @@ from switchgear.integrations.layer_classes import LayerClass, find_layer_class
 from switchgear.integrations.layer_trials import divides_by_root_mean_square, find_difference, find_form
 from switchgear.integrations.whole_blocks import run_block
 from switchgear.layers.linear import StoredLinear
+from switchgear.weights import Weight
 from switchgear.weights.module import matrix_of
 
 _has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
@@ -99,36 +101,55 @@ def _run_layer(
         if (keeping := adopt_layer(cache, attention.layer_idx)) is None:
             return None
 
-    x = _normalize(first, hidden_states) if known.is_centred else rms_norm(hidden_states, *_read_rms(first))
     batch, count, _ = hidden_states.shape
-    if known.is_latent:
-        q, keys, values = _compute_latent_heads(attention, known, parts, x, position_embeddings, keeping)
-    else:
-        shape = batch, count, -1, attention.head_dim
-        q, k, v = (linear(x, *projection).view(shape) for projection in parts)
-        into = None if keeping is None else keeping.extend((k.transpose(1, 2), v.transpose(1, 2)), count)
-        q, keys, values = _turn_heads(q, k, v, known, position_embeddings, norms, into)
-        if keeping is not None:
-            keys, values = keeping.memory  # type: ignore[misc]
-    attended = attend(
-        q,
-        keys,
-        values,
-        scale=attention.scaling,
-        length=count if keeping is None else keeping.length,
-        window=mask.window,
-        starts=mask.starts,
-        sinks=getattr(attention, "sinks", None),
-    )
+    sinks = getattr(attention, "sinks", None)
     scale = getattr(layer, "residual_multiplier", 1.0)
-    out = linear(attended.flatten(2), *o_proj)
-    if scale != 1:
-        out = out * scale
-    if known.is_centred:
-        residual = hidden_states + out
-        y = _normalize(second, residual)
+    if (
+        keeping is not None
+        and scale == 1
+        and known.is_plain
+        and (operands := _find_operands(hidden_states, keeping, (*parts, o_proj)))
+    ):
+        keys, values = keeping.lengthen(count)
+        cos, sin = position_embeddings
+        (q_weight, eps), (k_weight, _) = norms
+        y, residual = ops.attention_block_on_host(
+            (hidden_states, first.weight, second.weight, *operands, q_weight, k_weight, cos, sin, mask.starts,
+             None if sinks is None else sinks.float()),
+            (known.rotation.count(cos), keeping.length, attention.scaling, mask.window or 0, first.variance_epsilon,
+             eps, second.variance_epsilon),
+            keys, values,
+        )  # fmt: skip
+        y, residual = y.view(hidden_states.shape), residual.view(hidden_states.shape)
     else:
-        y, residual = rms_norm(out, *_read_rms(second), residual=hidden_states)
+        x = _normalize(first, hidden_states) if known.is_centred else rms_norm(hidden_states, *_read_rms(first))
+        if known.is_latent:
+            q, keys, values = _compute_latent_heads(attention, known, parts, x, position_embeddings, keeping)
+        else:
+            shape = batch, count, -1, attention.head_dim
+            q, k, v = (linear(x, *projection).view(shape) for projection in parts)
+            into = None if keeping is None else keeping.extend((k.transpose(1, 2), v.transpose(1, 2)), count)
+            q, keys, values = _turn_heads(q, k, v, known, position_embeddings, norms, into)
+            if keeping is not None:
+                keys, values = keeping.memory  # type: ignore[misc]
+        attended = attend(
+            q,
+            keys,
+            values,
+            scale=attention.scaling,
+            length=count if keeping is None else keeping.length,
+            window=mask.window,
+            starts=mask.starts,
+            sinks=sinks,
+        )
+        out = linear(attended.flatten(2), *o_proj)
+        if scale != 1:
+            out = out * scale
+        if known.is_centred:
+            residual = hidden_states + out
+            y = _normalize(second, residual)
+        else:
+            y, residual = rms_norm(out, *_read_rms(second), residual=hidden_states)
     mixed = _run_blocks(layer, known, y)
     total: Tensor = residual + (mixed if scale == 1 else mixed * scale)
     return total
@@ -180,6 +201,22 @@ def _run_blocks(layer: Any, known: LayerClass, y: Tensor) -> Tensor:
 
 def _has_dropout(module: nn.Module) -> bool:
     return any("dropout" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
+
+
+def _find_operands(x: Tensor, keeping: GrowingLayer, projections: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What the kernels read of projections: the tensors, the form and the bias of each. None if not all can be read in
+    one call: a gradient or a dispatcher sees the ops, or the cache has no memory yet."""
+    if torch.is_grad_enabled() or keeping.memory is None or not ops.needs_no_dispatch(x) or not x.is_contiguous():
+        return None
+    found: list[Any] = []
+    for weight, bias in projections:
+        if type(weight) is nn.Parameter:
+            found += (weight, (), bias)
+        elif type(weight) is Weight and (operand := weight.direct_operand()) is not None:
+            found += (operand.tensors, operand.form, bias)
+        else:
+            return None
+    return tuple(found)
 
 
 # ---- parts of a layer ------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ Sizes and offsets of a file are checked before anything is read or allocated by 
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from torch import Tensor
 from switchgear.files import AnyPath, bytes_of, reading, writing
 from switchgear.reference import gguf
 
-__all__ = ["Array", "GgufFile", "GgufTensor", "Value", "read_gguf", "write_gguf"]
+__all__ = ["Array", "DeferredTensor", "GgufFile", "GgufTensor", "Value", "read_gguf", "write_gguf"]
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT, ALIGNMENT_KEY = 32, "general.alignment"
@@ -91,6 +92,10 @@ class _TensorType(NamedTuple):
     bytes: int
     dtype: torch.dtype | None
 
+    def size(self, shape: Sequence[int]) -> int:
+        """Bytes of a tensor."""
+        return math.prod(shape) // self.columns * self.bytes
+
 
 _TYPES = {
     kind.name: kind
@@ -132,6 +137,14 @@ class GgufTensor(NamedTuple):
     data: Tensor
 
 
+class DeferredTensor(NamedTuple):
+    """A tensor to write. make: returns the data of a GgufTensor, which is freed before that of the next one is made."""
+
+    type: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class GgufFile:
     """What a GGUF file, or all files of a split one, hold.
@@ -140,11 +153,23 @@ class GgufFile:
         path: the file, of a split one the first.
         metadata: values by key, in the file's order, of a split file those of the first.
         tensors: by name, in the file's order: views of the mapped files.
+        maps: by the address of their memory.
     """
 
     path: Path
     metadata: dict[str, Value]
     tensors: dict[str, GgufTensor]
+    maps: dict[int, mmap.mmap]
+
+    def release(self, data: Tensor) -> None:
+        """Frees the pages of a tensor that was copied, if it is one of the file. They are read again when used."""
+        memory = data.untyped_storage().data_ptr()
+        if memory in self.maps and hasattr(mmap, "MADV_DONTNEED"):
+            begin = data.data_ptr() - memory
+            first, end = -(-begin // mmap.PAGESIZE), (begin + data.nbytes) // mmap.PAGESIZE
+            if first < end:  # others may be in a page, too
+                length = (end - first) * mmap.PAGESIZE
+                self.maps[memory].madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, length)
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of metadata as Python's: a number, bool, str or list. `default` without such a key."""
@@ -170,10 +195,10 @@ def read_gguf(path: AnyPath) -> GgufFile:
     path = Path(path)
     found = _SHARD.search(path.name)
     if found is None:
-        metadata, tensors = _read_file(path)
+        metadata, tensors, maps = _read_file(path)
         if (count := _read_count(path, metadata, SPLIT_COUNT, 1)) > 1:
             raise ValueError(f"{path}: expected a name with -00001-of-{count:05}.gguf for a split file")
-        return GgufFile(path, metadata, tensors)
+        return GgufFile(path, metadata, tensors, maps)
     count = int(found[2])
     shards = [path.with_name(f"{path.name[: found.start()]}-{n + 1:05}-of-{count:05}.gguf") for n in range(count)]
     if path not in shards:
@@ -182,8 +207,9 @@ def read_gguf(path: AnyPath) -> GgufFile:
         raise FileNotFoundError(f"{path}: expected {count} files, {len(missing)} are missing, such as {missing[0]}")
     merged: dict[str, GgufTensor] = {}
     first: dict[str, Value] = {}
+    maps: dict[int, mmap.mmap] = {}
     for number, shard in enumerate(shards):
-        metadata, tensors = _read_file(shard)
+        metadata, tensors, own = _read_file(shard)
         for key, wanted in ((SPLIT_COUNT, count), (SPLIT_NO, number)):
             if (got := _read_count(shard, metadata, key, wanted)) != wanted:
                 raise ValueError(f"{shard}: key {key!r}: expected {wanted}, got {got}")
@@ -191,12 +217,13 @@ def read_gguf(path: AnyPath) -> GgufFile:
             raise ValueError(f"{shard}: tensor {min(repeated)!r}: expected one, got another in an earlier file")
         first = first or metadata
         merged |= tensors
+        maps |= own
     wanted = _read_count(shards[0], first, SPLIT_TENSORS, len(merged))
     if wanted != len(merged):
         raise ValueError(
             f"{path}: key {SPLIT_TENSORS!r}: expected {len(merged)}, the tensors of all files, got {wanted}"
         )
-    return GgufFile(shards[0], first, merged)
+    return GgufFile(shards[0], first, merged, maps)
 
 
 def _read_count(path: Path, metadata: Mapping[str, Value], key: str, default: int) -> int:
@@ -292,7 +319,7 @@ class _Cursor:
         return Array(name, torch.frombuffer(bytearray(values), dtype=dtype))
 
 
-def _read_file(path: Path) -> tuple[dict[str, Value], dict[str, GgufTensor]]:
+def _read_file(path: Path) -> tuple[dict[str, Value], dict[str, GgufTensor], dict[int, mmap.mmap]]:
     memory = _map(path)
     cursor = _Cursor(path, memory)
     if (magic := cursor.take(4)) != MAGIC:
@@ -321,7 +348,7 @@ def _read_file(path: Path) -> tuple[dict[str, Value], dict[str, GgufTensor]]:
     begin = -(-cursor.at // alignment) * alignment
     _check_places(cursor, placed, len(memory) - begin)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
-    return metadata, {tensor.name: tensor.view(whole, begin) for tensor in placed}
+    return metadata, {tensor.name: tensor.view(whole, begin) for tensor in placed}, {whole.data_ptr(): memory}
 
 
 class _Placed(NamedTuple):
@@ -334,10 +361,7 @@ class _Placed(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count // self.type.columns * self.type.bytes
+        return self.type.size(self.shape)
 
     def view(self, memory: Tensor, begin: int) -> GgufTensor:
         data = memory[begin + self.offset : begin + self.offset + self.nbytes]
@@ -384,7 +408,9 @@ def _check_places(cursor: _Cursor, placed: list[_Placed], size: int) -> None:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(path: AnyPath, metadata: Mapping[str, Value], tensors: Mapping[str, GgufTensor]) -> None:
+def write_gguf(
+    path: AnyPath, metadata: Mapping[str, Value], tensors: Mapping[str, GgufTensor | DeferredTensor]
+) -> None:
     """Writes a GGUF file of version 3, which replaces `path` when it is whole. What `read_gguf` gives of one file of
     this version without gaps is written with the same bytes.
 
@@ -401,33 +427,37 @@ def write_gguf(path: AnyPath, metadata: Mapping[str, Value], tensors: Mapping[st
         head += (_pack_string(key), struct.pack("<I", _number_of(key, name)), *_pack_value(key, name, value))
     offset = 0
     for name, tensor in tensors.items():
-        kind = _check_tensor(name, tensor)
+        kind = _check_shape(name, tensor.type, tensor.shape)
         sizes = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape[::-1])
         head += (_pack_string(name), sizes, struct.pack("<IQ", kind.number, offset))
-        offset += -(-tensor.data.nbytes // alignment) * alignment
+        offset += -(-kind.size(tensor.shape) // alignment) * alignment
     with writing(path) as file:
         written = sum(map(file.write, head))
         file.write(bytes(-written % alignment))
-        for tensor in tensors.values():
-            file.write(bytes_of(tensor.data.detach().contiguous()))
-            file.write(bytes(-tensor.data.nbytes % alignment))
+        for name, tensor in tensors.items():
+            written = file.write(bytes_of(_make_data(name, tensor)))
+            file.write(bytes(-written % alignment))
 
 
-def _check_tensor(name: str, tensor: GgufTensor) -> _TensorType:
-    kind = _TYPES.get(tensor.type)
+def _check_shape(name: str, type: str, shape: tuple[int, ...]) -> _TensorType:
+    kind = _TYPES.get(type)
     if kind is None:
-        raise ValueError(f"tensors[{name!r}]: expected a type of {', '.join(_TYPES)}, got {tensor.type!r}")
-    shape = tensor.shape
+        raise ValueError(f"tensors[{name!r}]: expected a type of {', '.join(_TYPES)}, got {type!r}")
     if len(shape) > MOST_DIMS or 0 in shape or (shape[-1] if shape else 1) % kind.columns:
         expected = f"at most {MOST_DIMS} sizes from 1 on, and columns in blocks of {kind.columns}"
         raise ValueError(f"tensors[{name!r}]: expected {expected}, got {list(shape)}")
+    return kind
+
+
+def _make_data(name: str, tensor: GgufTensor | DeferredTensor) -> Tensor:
+    kind, shape = _TYPES[tensor.type], tensor.shape
     stored = shape if kind.dtype is not None else (*shape[:-1], shape[-1] // kind.columns * kind.bytes)
-    data = tensor.data
+    data = tensor.data if isinstance(tensor, GgufTensor) else tensor.make()
     if tuple(data.shape) != stored or data.dtype is not (kind.dtype or torch.uint8) or data.device.type != "cpu":
         expected = f"{kind.dtype or torch.uint8} {list(stored)} in CPU memory"
         got = f"{data.dtype} {list(data.shape)} on {data.device}"
         raise ValueError(f"tensors[{name!r}]: expected data {expected}, got {got}")
-    return kind
+    return data.detach().contiguous()
 
 
 def _number_of(key: str, name: str) -> int:

@@ -31,6 +31,10 @@ class Rotation(NamedTuple):
             return angles[..., : angles.shape[-1] // 2]
         return angles if self.angles == "once" else angles[..., ::2]
 
+    def count(self, cos: Tensor) -> int:
+        """The number of pairs."""
+        return cos.shape[-1] if self.angles == "once" else cos.shape[-1] // 2
+
 
 ROTATIONS = (
     Rotation("halves"),
@@ -59,7 +63,7 @@ class LayerClass(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether the layer has the usual order: norms of the root mean square, heads normalised, then turned."""
-        return not (self.is_latent or self.is_centred or self.turns_first) and self.rotation in ROTATIONS[:2]
+        return self.rotation.pairs == "halves" and not (self.is_latent or self.is_centred or self.turns_first)
 
     def list_forms(self) -> Iterator[LayerClass]:
         """The forms that a layer with these parts may have."""

@@ -15,7 +15,8 @@ from switchgear.ops.registration import dense, matrix, register, rows
 from switchgear.reference import attention
 
 __all__ = [
-    "attend", "attend_on_host", "rms_norm", "rms_norm_on_host", "rotate_heads", "rotate_heads_on_host",
+    "attend", "attend_on_host", "attention_block_on_host", "rms_norm", "rms_norm_on_host", "rotate_heads",
+    "rotate_heads_on_host",
 ]  # fmt: skip
 
 
@@ -132,3 +133,19 @@ rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor]] = register(
 )
 rotate_heads_on_host = partial(_rotate_heads, host)
 """rotate_heads for tensors that need no dispatch; `into`, keys and values, may be parts of a cache."""
+
+
+# ---- attention_block -------------------------------------------------------------------------------------------------
+
+
+def attention_block_on_host(
+    inputs: tuple[Any, ...], options: tuple[Any, ...], keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The attention of a decoder layer, from the norm before it to that after it: (the latter's rows [B·T,H], their sum
+    with x). It is the ops above with their bits, for tensors that need no dispatch. inputs and options are those of
+    AttentionBlockArgs in ops.h; keys and values are the cache's memory, which the new tokens are written to."""
+    x = inputs[0]
+    y = x.new_empty(x.shape[0] * x.shape[1], x.shape[2])
+    total = torch.empty_like(y)
+    host.module.attention_block(inputs, options, (keys, values, y, total), host.execution())
+    return y, total
