@@ -96,7 +96,7 @@ def _run_layer(
         return None
     keeping: GrowingLayer | None = None
     if cache is not None:
-        if needs_autograd(hidden_states, weight if isinstance(weight, Tensor) else None):
+        if needs_autograd(hidden_states) or (torch.is_grad_enabled() and needs_autograd(*layer.parameters())):
             return None
         if (keeping := adopt_layer(cache, attention.layer_idx)) is None:
             return None

@@ -27,44 +27,56 @@ _LARGE = 1000.0  # what values are multiplied by, so that layers that clip them 
 
 Case = dict[str, Any]
 Run = Callable[..., Tensor | None]  # _run_layer
+Results = tuple[Tensor, Tensor, Tensor]  # of a call: the output, and what the cache has then
+
+
+_ERRORS = RuntimeError, TypeError, ValueError, AttributeError, KeyError
 
 
 @torch.no_grad()
 def find_form(layer: Any, known: LayerClass, rotary: Any, run: Run) -> LayerClass | str:
     """The form of the layer, or how it differs from all forms that are known."""
     generator = torch.Generator().manual_seed(0)
-    own = type(layer).forward
     twin = _copy_with_random_weights(layer, generator)
-    rotary = copy.deepcopy(rotary)  # it may keep what it computed for far positions
-    difference = ""
     try:
-        cases = _list_cases(twin, rotary, generator)
-        for is_pair in (False, True):
-            for name in known.blocks:
-                twin._modules[name] = _build_stand_in(layer._modules[name], is_pair)
-            try:
-                wanted = [_call(own, twin, case) for case in cases]
-                break
-            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-                difference = difference or f"{type(error).__name__}: {error}"
-        else:
-            return difference
-        large = _scale_values(twin)
-        single = _take_first_token(cases[0])
-        wanted_single = _call(own, large, single)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    difference = ""
+        cases = _list_cases(
+            twin, copy.deepcopy(rotary), generator
+        )  # rotary may keep what it computed for far positions
+    except _ERRORS as error:
+        return _describe(error)
+    wanted = _run_own_forward(twin, layer, known, cases)
+    if isinstance(wanted, str):
+        return wanted
+    differences = []
     for form in known.list_forms():
-        found = None
-        for case, want in zip(cases, wanted, strict=True):
-            found = found or _compare(twin, form, case, want, run)
-        if not found and _is_causal_without_mask(layer):
-            found = _compare(large, form, single, wanted_single, run)
-        if not found:
-            return form
-        difference = difference or found
-    return difference
+        found = [_compare(twin, form, case, want, run) for case, want in zip(cases, wanted, strict=True)]
+        if not any(found):
+            break
+        differences.append(max(found))
+    else:
+        return differences[0]
+    if not _is_causal_without_mask(layer):
+        return form
+    single = _take_first_token(cases[0])  # its attention is its value, whatever the scores
+    _scale_values(twin)
+    return _compare(twin, form, single, _call(type(layer).forward, twin, single), run) or form
+
+
+def _run_own_forward(twin: Any, layer: Any, known: LayerClass, cases: list[Case]) -> list[Results] | str:
+    """The results of the class's forward, with blocks that return a tensor or, if that is wrong, a pair."""
+    messages = []
+    for is_pair in (False, True):
+        for name in known.blocks:
+            twin._modules[name] = _build_stand_in(layer._modules[name], is_pair)
+        try:
+            return [_call(type(layer).forward, twin, case) for case in cases]
+        except _ERRORS as error:
+            messages.append(_describe(error))
+    return messages[0]
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @torch.no_grad()
@@ -79,12 +91,9 @@ def find_difference(layer: Any, form: LayerClass, rotary: Any, run: Run) -> str 
         try:
             case = _list_cases(layer, rotary, torch.Generator().manual_seed(0), dtype)[0]
             want = _call(type(layer).forward, layer, case)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            return f"{type(error).__name__}: {error}"
+        except _ERRORS as error:
+            return _describe(error)
         return _compare(layer, form, case, want, run) or None if bool(want[0].isfinite().all()) else None
-
-
-Results = tuple[Tensor, Tensor, Tensor]  # of a call: the output, and what the cache has then
 
 
 def _call(own: Callable[..., Any], layer: Any, case: Case) -> Results:
@@ -104,8 +113,8 @@ def _compare(layer: Any, form: LayerClass, case: Case, want: Results, run: Run) 
     cache = DynamicCache()
     try:
         y = run(layer, form, **case, cache=cache)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
+    except _ERRORS as error:
+        return _describe(error)
     if y is None:
         return "a part has hooks, adapters or another class"
     x = case["hidden_states"]
@@ -208,13 +217,11 @@ def _draw(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return 1 + numbers / 4 if len(shape) == 1 else 1.5 * numbers * shape[-1] ** -0.5
 
 
-def _scale_values(twin: Any) -> Any:
-    """The copy with large queries, keys and values. One token's attention is its value, whatever the scores."""
-    large = copy.deepcopy(twin)
-    for name, parameter in large.self_attn.named_parameters():
+def _scale_values(twin: Any) -> None:
+    """Makes queries, keys and values large."""
+    for name, parameter in twin.self_attn.named_parameters():
         if parameter.dim() == 2 and not name.startswith("o_proj"):
             parameter.mul_(_LARGE)
-    return large
 
 
 def _build_stand_in(block: nn.Module, is_pair: bool) -> nn.Module:
