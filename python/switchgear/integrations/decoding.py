@@ -177,7 +177,7 @@ def _turn_heads(
         cos, sin = (angles.real, angles.imag) if isinstance(angles, Tensor) else angles
         cos, sin = rotation.select(cos), rotation.select(sin)
     if rotation.pairs == "split":
-        q, k = (t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for t in (q, k))
+        q, k = (torch.cat((t[..., ::2], t[..., 1::2]), -1) for t in (q, k))
     is_interleaved = rotation.pairs == "interleaved"
     (q_weight, eps), (k_weight, _) = norms
     if known.turns_first:
@@ -258,6 +258,7 @@ class LatentParts(NamedTuple):
 
 
 def _read_latent_parts(attention: nn.Module, norm: PartClass) -> LatentParts:
+    names: tuple[str, ...]
     if attention._modules.get("q_proj") is None:
         names, q_norm = ("q_a_proj", "q_b_proj"), _read_norm(attention, "q_a_layernorm", norm)
     else:
@@ -281,8 +282,8 @@ def _compute_latent_heads(
     q = linear(x, *parts.q[0])
     if parts.q_norm is not None:
         q = linear(rms_norm(q, *parts.q_norm), *parts.q[1])
-    q_still, q_turning = q.view(batch, count, -1, still + turning).split((still, turning), -1)
-    vector, k = linear(x, *parts.kv_a).split((rank, turning), -1)
+    q_still, q_turning = torch.split(q.view(batch, count, -1, still + turning), [still, turning], -1)
+    vector, k = torch.split(linear(x, *parts.kv_a), [rank, turning], -1)
     vector = rms_norm(vector, *parts.kv_norm)[:, :, None]
     k = k[:, :, None]
     into = None

@@ -191,7 +191,7 @@ def _copy_with_random_weights(module: Any, generator: torch.Generator) -> Any:
     if type(module) is StoredLinear:
         linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
         return _copy_with_random_weights(linear, generator)
-    new = type(module).__new__(type(module))
+    new = object.__new__(type(module))
     own = {name: value for name, value in vars(module).items() if name not in ("forward", "_old_forward", "_hf_hook")}
     own |= {name: type(own[name])() for name in _HOOKS}
     own["_parameters"] = {

@@ -201,5 +201,5 @@ def _apply_in_shares(func: Callable[..., Tensor], x: Tensor, *args: Any, **kwarg
     if kwargs.pop("inplace", False) or x.numel() == 0:
         return x.copy_(_apply_in_shares(func, x, *args, **kwargs)) if x.numel() else x
     flat = F.pad(x.reshape(-1), (0, -x.numel() % _WHOLE))
-    shares = [func(share, *args, **kwargs) for share in flat.split(_SHARE)]
+    shares = [func(share, *args, **kwargs) for share in torch.split(flat, _SHARE)]
     return torch.cat(shares)[: x.numel()].view(x.shape)

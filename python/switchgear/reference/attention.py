@@ -122,6 +122,6 @@ def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool
         )
     cos, sin, count = cos.to(x.dtype)[:, :, None], sin.to(x.dtype)[:, :, None], cos.shape[2]
     pairs, rest = torch.split(x, [2 * count, x.shape[3] - 2 * count], -1)
-    first, second = pairs.unflatten(-1, (count, 2)).unbind(-1) if interleaved else pairs.chunk(2, -1)
+    first, second = (pairs[..., ::2], pairs[..., 1::2]) if interleaved else pairs.chunk(2, -1)
     turned = first * cos - second * sin, second * cos + first * sin
     return torch.cat((torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1), rest), -1)
