@@ -123,6 +123,18 @@ def test_older_files_have_latent_keys_and_values_in_one_matrix(tmp_path: Path) -
     assert path.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.parametrize("high", [1.0, 4.0])
+def test_factors_of_positions_are_those_of_transformers(high: float, tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": high, "original_max_position_embeddings": 8192}
+    model = make_model("llama4", rope_parameters=scaling)
+    switchgear.save_gguf(model, tmp_path / "a.gguf", "f32")
+    factors = read_gguf(tmp_path / "a.gguf").tensors["rope_freqs.weight"].data
+    plain = 5e5 ** (-torch.arange(0, 32, 2) / 32)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq * factors, plain, rtol=1e-5, atol=0)
+    assert switchgear.load_gguf(tmp_path / "a.gguf").config.rope_parameters == model.config.rope_parameters
+
+
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
     path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
     model = make_model("glm4moe")

@@ -21,6 +21,7 @@ from switchgear.integrations.gguf_architectures import (
     ARCHITECTURE,
     ARCHITECTURES,
     EMBEDDING,
+    FACTORS,
     HEAD,
     LATENT_HEADS,
     OWN,
@@ -30,6 +31,7 @@ from switchgear.integrations.gguf_architectures import (
     build_error,
     choose_architecture,
     find_architecture,
+    find_factors,
     find_layout,
     find_name,
     name_experts,
@@ -129,6 +131,8 @@ class _Loading:
 
     def _is_of_the_model(self, name: str) -> bool:
         """Not of the layers that follow the model's own."""
+        if name == FACTORS and self._model.config.rope_parameters["rope_type"] == "llama3":
+            return False  # the config has them
         layer = name.split(".")[1] if name.startswith("blk.") else ""
         return not layer.isdecimal() or int(layer) < self._model.config.num_hidden_layers
 
@@ -339,6 +343,9 @@ def _list_tensors(
     model: Any, known: Architecture, choose: Callable[[str, Sequence[int]], str], like: Mapping[str, GgufTensor]
 ) -> Iterator[tuple[str, DeferredTensor]]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if (rope := model.config.rope_parameters).get("rope_type") == "llama3":
+        factors = find_factors(rope, model.config.head_dim)
+        yield FACTORS, _defer(FACTORS, _Part(tuple(factors.shape), None, lambda: factors), choose)
     for path, module in model.named_modules():
         if has_adapters(module):
             raise ValueError(f"model.{path}: expected no adapters; merge them first")
