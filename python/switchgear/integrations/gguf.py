@@ -30,6 +30,7 @@ from switchgear.integrations.gguf_architectures import (
     build_error,
     choose_architecture,
     find_architecture,
+    find_layout,
     find_name,
     name_experts,
     name_module,
@@ -158,7 +159,8 @@ class _Loading:
         experts = []
         modules = dict(self._model.named_modules())
         for path, module in modules.items():
-            if (layout := layout_of(module)) is not None:
+            is_expert = layout_of(module) is not None or (name_module(path, self._known) or "").endswith("exps")
+            if is_expert and (layout := find_layout(module, self._known)) is not None:
                 read = self._find_experts(name_module(path, self._known) or path, module, layout)
                 experts.append(FileExperts(path, module, layout, read))
                 continue
@@ -226,7 +228,7 @@ class _Loading:
     def _fill(self, out: Tensor, type: str, data: Tensor) -> None:
         """Copies numbers or matrices, a few at a time: pages of the file are memory, too."""
         count = max(1, _AT_ONCE // data[0].nbytes)
-        for some, source in zip(out.split(count), data.split(count), strict=True):
+        for some, source in zip(torch.split(out, count), torch.split(data, count), strict=True):
             some.copy_(gguf.decode(type, source) if type in gguf.TYPES else source)
             self._file.release(source)
 
@@ -380,7 +382,7 @@ def _list_tensors(
         names = {own: name_parameter(path, own, known) for own in owned}
         if (name is None and stored is not None) or None in names.values():
             raise ValueError(f"model.{path}: expected a module of {known.model_type}, got {module.__class__.__name__}")
-        layout = layout_of(module) if stored is None else stored.layout
+        layout = find_layout(module, known)
         if name is not None and name.endswith("exps"):
             if layout is None:
                 raise ValueError(f"model.{path}: expected experts on switchgear; call accelerate(model) first")

@@ -210,6 +210,8 @@ def of_gguf(path: Path, form: Form | None, dtype: torch.dtype | None) -> Source:
 
     layers = []
     for name, module, layout, read in experts:
+        if layout_of(module) is None:
+            raise ValueError(f"source: expected experts on the fused kernel, got {type(module).__name__} in {path}")
         shapes = [layout.view(module.get_parameter(own)).shape for own in layout.names]
         sizes = (*shapes[0], *shapes[1][1:])
         layers.append(Layer(name, sizes, partial(read_both, name, layout, read), partial(_digest_read, read)))
