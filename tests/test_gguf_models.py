@@ -301,6 +301,9 @@ def test_stores_of_a_file_in_other_forms(file: GgufFile, tmp_path: Path) -> None
         offload.load_model(file.path, store, device="cuda")
     with raises(offload.StoreError, "path"):
         offload.Store.open(file.path)
+    switchgear.save_gguf(make_model("llama4"), tmp_path / "c.gguf", "q8_0")
+    with raises(ValueError, "source"):  # experts that do not run on the fused kernel
+        offload.write_store(tmp_path / "c.gguf", tmp_path / "c", "as published")
 
 
 @architectures
