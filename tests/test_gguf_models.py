@@ -13,6 +13,8 @@ import torch
 
 import switchgear
 from errors import raises
+from switchgear import offload
+from switchgear.cli import main
 from switchgear.integrations.gguf import ARCHITECTURES
 from switchgear.integrations.gguf_file import Array, GgufFile, GgufTensor, Value, read_gguf, write_gguf
 from switchgear.layers import StoredEmbedding, StoredLinear
@@ -280,6 +282,40 @@ def test_what_cannot_be_loaded_or_written(file: GgufFile, tmp_path: Path) -> Non
         switchgear.save_gguf(torch.nn.Linear(2, 2), tmp_path / "b.gguf")
     with raises(ValueError, "dtype"):
         switchgear.load_gguf(file.path, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss", "granitemoe"])
+def test_experts_in_a_store_have_the_bytes_of_the_file(name: str, tmp_path: Path) -> None:
+    path, out = tmp_path / "a.gguf", tmp_path / "store"
+    switchgear.save_gguf(make_model(name), path, "q4_k_m")
+    if name == "granitemoe":  # gates and ups of different types are decoded
+        file, other = read_gguf(path), "blk.1.ffn_up_exps.weight"
+        shape = file.tensors[other].shape
+        write_gguf(path, file.metadata, {**file.tensors, other: GgufTensor("f16", shape, torch.randn(shape).half())})
+    resident = switchgear.load_gguf(path)
+    wanted = logits_of(resident)
+    assert main(["offload-store", str(path), "--out", str(out), "--verify"]) == 0
+    store, of_model = offload.Store.open(out), offload.write_store(resident, tmp_path / "model", "as published")
+    assert [r.checksums for r in store.layers.values()] == [r.checksums for r in of_model.layers.values()]
+    model = offload.load_model(path, store)
+    with offload.offload(model, store, slots=2):
+        assert torch.equal(logits_of(model), wanted)
+
+
+def test_stores_of_a_file_in_other_forms(file: GgufFile, tmp_path: Path) -> None:
+    store = offload.write_store(file.path, tmp_path / "a", "int8", dtype=torch.bfloat16)
+    model = switchgear.load_gguf(file.path, dtype=torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match="rounded"):
+        switchgear.restore(model)
+    wanted = offload.write_store(model, tmp_path / "b", "int8")
+    assert [r.checksums for r in store.layers.values()] == [r.checksums for r in wanted.layers.values()]
+    with raises(ValueError, "device"):
+        offload.load_model(file.path, store, device="cuda")
+    with raises(offload.StoreError, "path"):
+        offload.Store.open(file.path)
+    switchgear.save_gguf(make_model("llama4"), tmp_path / "c.gguf", "q8_0")
+    with raises(ValueError, "source"):  # experts that do not run on the fused kernel
+        offload.write_store(tmp_path / "c.gguf", tmp_path / "c", "as published")
 
 
 @architectures
