@@ -20,6 +20,7 @@ from switchgear.integrations.gguf_architectures import (
     HEAD,
     Architecture,
     choose_architecture,
+    find_layout,
     name_experts,
     name_module,
     name_parameter,
@@ -29,8 +30,7 @@ from switchgear.integrations.gguf_architectures import (
 from switchgear.integrations.gguf_file import GgufTensor, Value, write_gguf
 from switchgear.utils.modules import unwrap_peft
 from switchgear.weights.adapted import adapters_of
-from switchgear.weights.form import layout_of
-from switchgear.weights.module import stored_of
+from switchgear.weights.form import Layout
 
 __all__ = ["save_gguf_adapter"]
 
@@ -89,23 +89,25 @@ def _check_biases(model: Any) -> None:
 
 def _join(adapters: Sequence[_Adapter]) -> _Adapter:
     """One adapter of the sum of ranks, in float32."""
-    a, b, scales = zip(*adapters, strict=True)
-    if len(set(scales)) > 1:
-        b, scales = [each * scale for each, scale in zip(b, scales, strict=True)], (1.0,)
-    return _Adapter(torch.cat(a, -2), torch.cat(b, -1), scales[0])
+    scales = {adapter.scale for adapter in adapters}
+    if len(scales) > 1:
+        adapters = [_Adapter(a, b * scale, 1.0) for a, b, scale in adapters]
+    a, b = (torch.cat([adapter[i] for adapter in adapters], -2 + i) for i in range(2))
+    return _Adapter(a, b, adapters[0].scale)
 
 
 def _list_adapters(model: Any, known: Architecture) -> Iterator[tuple[str, _Adapter]]:
     """Adapters by the name of their tensor, in CPU memory."""
     for path, module in model.named_modules():
         where = ".".join(part for part in path.split(".") if part != "base_layer")
-        for own, adapter in _read_adapters(where, module):
+        for own, adapter in _read_adapters(where, module, known):
             a, b = (factor.detach().float().cpu() for factor in adapter[:2])
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise ValueError(f"model.{where}.{own}: expected adapters of finite numbers")
             stem, name = name_module(where, known), name_parameter(where, own, known)
             if stem is not None and stem.endswith("exps"):
-                yield from _name_parts(where, own, unwrap_part(module), stem, _Adapter(a, b, adapter.scale))
+                layout = find_layout(unwrap_part(module), known)
+                yield from _name_parts(where, own, layout, stem, _Adapter(a, b, adapter.scale))
                 continue
             if name is None or name.split(".")[-2] in known.splits:
                 raise ValueError(f"model.{where}.{own}: expected no adapter, which files of llama.cpp have no name for")
@@ -123,10 +125,8 @@ def _unwrap_linear(module: Any) -> nn.Module:
 
 
 def _name_parts(
-    where: str, own: str, module: nn.Module, stem: str, adapter: _Adapter
+    where: str, own: str, layout: Layout | None, stem: str, adapter: _Adapter
 ) -> Iterator[tuple[str, _Adapter]]:
-    stored = stored_of(module)
-    layout = layout_of(module) if stored is None else stored.layout
     if layout is None:
         raise ValueError(f"model.{where}: expected experts on switchgear; call accelerate(model) first")
     if own not in layout.names:
@@ -139,7 +139,7 @@ def _name_parts(
         yield name, adapter._replace(b=take_part(adapter.b, 2, layout.split_gates, index))
 
 
-def _read_adapters(where: str, module: Any) -> Iterator[tuple[str, _Adapter]]:
+def _read_adapters(where: str, module: Any, known: Architecture) -> Iterator[tuple[str, _Adapter]]:
     """The active adapters that a module holds, by the parameter that they adapt."""
     for own, lora in adapters_of(module).items():
         _check_merged(where, lora.merged is not None)
@@ -151,11 +151,10 @@ def _read_adapters(where: str, module: Any) -> Iterator[tuple[str, _Adapter]]:
     if is_wrapper(module):
         if (factors := lend_factors(module)) is None:
             raise ValueError(f"model.{where}: expected adapters whose factors can be read, got others")
-        inner = unwrap_part(module)
-        stored = stored_of(inner)
-        layout = layout_of(inner) if stored is None else stored.layout
+        layout = find_layout(unwrap_part(module), known)
         for left, right, scale in factors:
-            pair = (left.mT, right.mT) if layout is not None and layout.transposed else (right, left)
+            is_swapped = left.dim() == 3 and layout is not None and layout.transposed
+            pair = (left.mT, right.mT) if is_swapped else (right, left)
             yield module.parameter_name, _Adapter(*pair, scale)
         return
     if not hasattr(module, "lora_A") or not isinstance(module.get_base_layer(), nn.Linear):

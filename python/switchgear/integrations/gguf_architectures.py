@@ -4,14 +4,17 @@ fixed values of it, and the tensors whose names or rows differ from those of _MO
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchgear.integrations.gguf_file import GgufFile, Value
+from switchgear.weights.form import Layout, layout_of
+from switchgear.weights.module import stored_of
 
 ARCHITECTURE = "general.architecture"
 LAYERS = "model.layers."
@@ -37,7 +40,9 @@ class Architecture(NamedTuple):
     tensors: Mapping[str, str] = {}  # fields that tell whether a layer has a tensor
     modules: Mapping[str, str] = {}  # modules of a layer whose tensors have other names than in _MODULES
     splits: Mapping[str, Split] = {}  # by name in _MODULES
+    experts: Layout | None = None  # of experts that `store` does not know
     has_interleaved_rope: bool = False  # rows of q and k are in another order in files
+    has_factors: bool = False  # a tensor has the factors of llama3's scaling of positions
     read: Callable[[GgufFile, str, dict[str, Any]], None] | None = None  # sets fields of keys that are no fields
     write: Callable[[Any, GgufFile | None], dict[str, Any]] | None = None  # those keys of a config; the other is `like`
 
@@ -47,7 +52,7 @@ class Architecture(NamedTuple):
 
 def _split_latent(weight: Tensor, config: Any) -> Sequence[Tensor]:
     """kv_b_proj [heads·(k+v),C] as k_b [heads,C,k] and v_b [heads,v,C]."""
-    heads = weight.unflatten(0, (config.num_attention_heads, -1))
+    heads = weight.view(config.num_attention_heads, -1, weight.shape[-1])
     k, v = heads.split((config.qk_nope_head_dim, config.v_head_dim), 1)
     return k.mT, v
 
@@ -105,6 +110,43 @@ def _write_glm(config: Any, like: GgufFile | None) -> dict[str, Any]:
     return {"rope.dimension_count": rotated, "nextn_predict_layers": 0}
 
 
+def _read_llama4(file: GgufFile, prefix: str, fields: dict[str, Any]) -> None:
+    fields["use_qk_norm"] = fields["num_local_experts"] != _WITHOUT_NORM  # llama.cpp tells by it
+    if FACTORS not in file.tensors:
+        return
+    factors, rope = file.tensors[FACTORS].data.float(), fields["rope_parameters"]
+    for high in (1.0, 4.0):  # of Llama 4, and of Llama 3
+        known = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": high}
+        scaled = {**rope, "rope_type": "llama3", **known, "original_max_position_embeddings": 8192}
+        wanted = find_factors(scaled, fields["head_dim"])
+        if wanted.shape == factors.shape and torch.allclose(wanted, factors, rtol=1e-5):
+            rope |= scaled
+            return
+    raise build_error(file, f"tensor {FACTORS!r}", "factors of llama3's scaling of 8192 positions", "others")
+
+
+def find_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
+    """What llama3's scaling divides each frequency by, [head_dim / 2] float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** exponents)
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns >= low).double()
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+def _write_llama4(config: Any, like: GgufFile | None) -> dict[str, Any]:
+    layers = range(1, config.num_hidden_layers + 1)
+    for field, values in {
+        "use_qk_norm": config.num_local_experts != _WITHOUT_NORM,
+        "no_rope_layers": [int(layer % 4 > 0) for layer in layers],
+        "layer_types": ["chunked_attention" if layer % 4 else "full_attention" for layer in layers],
+        "moe_layers": [layer - 1 for layer in layers if layer % config.interleave_moe_layer_step == 0],
+    }.items():
+        if (got := getattr(config, field)) != values:
+            raise ValueError(f"model.config.{field}: expected {values}, got {got}")
+    return {}
+
+
 def _write_gpt_oss(config: Any, like: GgufFile | None) -> dict[str, Any]:
     kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(config.num_hidden_layers)]
     if config.layer_types != kinds:
@@ -150,6 +192,7 @@ _LATENT = {key: field for key, field in _GROUPED.items() if key != "attention.he
 }
 LATENT_HEADS = {"attn_kv_b": Split(("attn_k_b", "attn_v_b"), _split_latent, _join_latent)}
 _SOFTMAX, _SIGMOID = 1, 2  # of expert_gating_func
+_WITHOUT_NORM = 128  # experts of the Llama 4 that does not norm q and k
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False}
 
 ARCHITECTURES = {
@@ -216,6 +259,27 @@ ARCHITECTURES = {
         read=_read_glm,
         write=_write_glm,
     ),
+    "llama4": Architecture(
+        "llama4_text",
+        _LOCAL
+        | {
+            "feed_forward_length": "intermediate_size_mlp",
+            "expert_feed_forward_length": "intermediate_size",
+            "interleave_moe_layer_step": "interleave_moe_layer_step",
+            "attention.key_length": "head_dim",
+        },
+        fixed={
+            "attention_chunk_size": 8192,
+            "floor_scale": 8192,
+            "attn_scale": 0.1,
+            "attn_temperature_tuning": True,
+            "attention_bias": False,
+        },
+        experts=Layout(("gate_up_proj", "down_proj"), transposed=True, split_gates=True),
+        has_factors=True,
+        read=_read_llama4,
+        write=_write_llama4,
+    ),
     "granitemoe": Architecture(
         "granitemoe",
         _LOCAL,
@@ -267,6 +331,14 @@ _MODULES = {
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "feed_forward.router": "ffn_gate_inp",
+    "feed_forward.gate_proj": "ffn_gate",
+    "feed_forward.up_proj": "ffn_up",
+    "feed_forward.down_proj": "ffn_down",
+    "feed_forward.shared_expert.gate_proj": "ffn_gate_shexp",
+    "feed_forward.shared_expert.up_proj": "ffn_up_shexp",
+    "feed_forward.shared_expert.down_proj": "ffn_down_shexp",
+    "feed_forward.experts": "exps",
     "mlp.experts": "exps",
     "block_sparse_moe.experts": "exps",
 }
@@ -274,6 +346,7 @@ OWN = {  # parameters and buffers whose tensors are not named as their module
     "self_attn.sinks": "attn_sinks.weight",
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
 }
+FACTORS = "rope_freqs.weight"
 EMBEDDING, HEAD, VECTOR = "token_embd.weight", "output.weight", "ffn_gate_inp_shexp.weight"
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
@@ -295,6 +368,11 @@ def find_name(path: str, names: Mapping[str, str]) -> str | None:
         return names.get(path)
     number, _, rest = path.removeprefix(LAYERS).partition(".")
     return None if (stem := names.get(rest)) is None else f"blk.{number}.{stem}"
+
+
+def find_layout(module: nn.Module, known: Architecture) -> Layout | None:
+    """The layout of experts; None if they do not run on switchgear."""
+    return layout_of(module) or known.experts if (stored := stored_of(module)) is None else stored.layout
 
 
 def name_experts(name: str, own: str = "weight") -> tuple[str, str, str]:
@@ -426,10 +504,11 @@ def write_config(config: Any, name: str, known: Architecture, source: GgufFile |
         _set(metadata, f"{name}.vocab_size", Value("uint32", config.vocab_size))
         _set(metadata, "tokenizer.ggml.model", Value("string", "none"))
         if (kind := rope.get("rope_type", "default")) != "default":
-            if kind not in ("linear", "yarn"):
+            if kind not in ("linear", "yarn") and not (kind == "llama3" and known.has_factors):
                 raise ValueError(f"model.config.rope_parameters: expected default, linear or yarn, got {kind!r}")
-            _set(metadata, f"{name}.rope.scaling.type", Value("string", kind))
-            _set(metadata, f"{name}.rope.scaling.factor", Value("float32", rope["factor"]))
+            if kind != "llama3":  # a tensor has it
+                _set(metadata, f"{name}.rope.scaling.type", Value("string", kind))
+                _set(metadata, f"{name}.rope.scaling.factor", Value("float32", rope["factor"]))
             if kind == "yarn":
                 length = Value("uint32", rope["original_max_position_embeddings"])
                 _set(metadata, f"{name}.rope.scaling.original_context_length", length)

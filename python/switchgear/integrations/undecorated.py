@@ -24,7 +24,7 @@ from switchgear.integrations.experts import ExpertWeights, list_tensors, project
 from switchgear.integrations.forwards import LINEAR, PartClass, borrow, get_part, name_model_class, unwrap_part
 from switchgear.integrations.gates import find_gate
 from switchgear.utils.modules import set_eval
-from switchgear.weights import AdaptedWeight
+from switchgear.weights import AdaptedWeight, stored_of
 from switchgear.weights.adapted import adapted
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -302,7 +302,9 @@ def _jetmoe_sites(module: Any) -> list[Site]:
 
 def _llama4_sites(module: Any) -> list[Site]:
     experts = unwrap_part(module.experts)
-    return [Site("", experts, name, name, getattr(experts, name).mT, True) for name in TARGETS]
+    stored = stored_of(experts)  # out of a GGUF file
+    weights = [getattr(experts, name).mT for name in TARGETS] if stored is None else stored.weights(experts)
+    return [Site("", experts, name, name, weight, True) for name, weight in zip(TARGETS, weights, strict=True)]
 
 
 def _dbrx_sites(module: Any) -> list[Site]:
