@@ -32,6 +32,10 @@ OWN = {
     "llama4": {
         "num_hidden_layers": 4, "num_local_experts": 4, "head_dim": 32, "interleave_moe_layer_step": 2,
         "intermediate_size_mlp": 512, "num_experts_per_tok": 1,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
     },
     "granitemoe": {
         "num_local_experts": 4, "embedding_multiplier": 2.0, "attention_multiplier": 0.1, "logits_scaling": 0.5,

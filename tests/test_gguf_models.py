@@ -13,6 +13,8 @@ import torch
 
 import switchgear
 from errors import raises
+from switchgear import offload
+from switchgear.cli import main
 from switchgear.integrations.gguf import ARCHITECTURES
 from switchgear.integrations.gguf_file import Array, GgufFile, GgufTensor, Value, read_gguf, write_gguf
 from switchgear.layers import StoredEmbedding, StoredLinear
@@ -121,6 +123,18 @@ def test_older_files_have_latent_keys_and_values_in_one_matrix(tmp_path: Path) -
     assert torch.equal(logits_of(loaded), logits_of(model))
     switchgear.save_gguf(loaded, path, like=other)
     assert path.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("high", [1.0, 4.0])
+def test_factors_of_positions_are_those_of_transformers(high: float, tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": high, "original_max_position_embeddings": 8192}
+    model = make_model("llama4", rope_parameters=scaling)
+    switchgear.save_gguf(model, tmp_path / "a.gguf", "f32")
+    factors = read_gguf(tmp_path / "a.gguf").tensors["rope_freqs.weight"].data
+    plain = 5e5 ** (-torch.arange(0, 32, 2) / 32)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq * factors, plain, rtol=1e-5, atol=0)
+    assert switchgear.load_gguf(tmp_path / "a.gguf").config.rope_parameters == model.config.rope_parameters
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
@@ -268,6 +282,40 @@ def test_what_cannot_be_loaded_or_written(file: GgufFile, tmp_path: Path) -> Non
         switchgear.save_gguf(torch.nn.Linear(2, 2), tmp_path / "b.gguf")
     with raises(ValueError, "dtype"):
         switchgear.load_gguf(file.path, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss", "granitemoe"])
+def test_experts_in_a_store_have_the_bytes_of_the_file(name: str, tmp_path: Path) -> None:
+    path, out = tmp_path / "a.gguf", tmp_path / "store"
+    switchgear.save_gguf(make_model(name), path, "q4_k_m")
+    if name == "granitemoe":  # gates and ups of different types are decoded
+        file, other = read_gguf(path), "blk.1.ffn_up_exps.weight"
+        shape = file.tensors[other].shape
+        write_gguf(path, file.metadata, {**file.tensors, other: GgufTensor("f16", shape, torch.randn(shape).half())})
+    resident = switchgear.load_gguf(path)
+    wanted = logits_of(resident)
+    assert main(["offload-store", str(path), "--out", str(out), "--verify"]) == 0
+    store, of_model = offload.Store.open(out), offload.write_store(resident, tmp_path / "model", "as published")
+    assert [r.checksums for r in store.layers.values()] == [r.checksums for r in of_model.layers.values()]
+    model = offload.load_model(path, store)
+    with offload.offload(model, store, slots=2):
+        assert torch.equal(logits_of(model), wanted)
+
+
+def test_stores_of_a_file_in_other_forms(file: GgufFile, tmp_path: Path) -> None:
+    store = offload.write_store(file.path, tmp_path / "a", "int8", dtype=torch.bfloat16)
+    model = switchgear.load_gguf(file.path, dtype=torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match="rounded"):
+        switchgear.restore(model)
+    wanted = offload.write_store(model, tmp_path / "b", "int8")
+    assert [r.checksums for r in store.layers.values()] == [r.checksums for r in wanted.layers.values()]
+    with raises(ValueError, "device"):
+        offload.load_model(file.path, store, device="cuda")
+    with raises(offload.StoreError, "path"):
+        offload.Store.open(file.path)
+    switchgear.save_gguf(make_model("llama4"), tmp_path / "c.gguf", "q8_0")
+    with raises(ValueError, "source"):  # experts that do not run on the fused kernel
+        offload.write_store(tmp_path / "c.gguf", tmp_path / "c", "as published")
 
 
 @architectures

@@ -134,6 +134,11 @@ def reading(path: AnyPath) -> Iterator[IO[bytes]]:
         yield file
 
 
+def is_gguf(path: AnyPath) -> bool:
+    """Whether a name is one of a GGUF file."""
+    return Path(path).suffix == ".gguf"
+
+
 def read_json(path: AnyPath, **options: Any) -> Any:
     """The value of a JSON file of at most MOST_JSON bytes. options: of json.loads.
 

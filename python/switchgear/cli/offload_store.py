@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import read_json
+from ..files import is_gguf, read_json
 from ..utils.packages import page
 from .checkpoint import DTYPES, find_folder
 from .common import CommandError, name_options, progress, require, require_new, settings
@@ -20,10 +20,10 @@ _OF_CONFIG = DTYPES[0]  # auto
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint of a Hugging Face model")
+    add("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint of a Hugging Face model, or a GGUF file")
     add("--out", required=True, metavar="PATH", help="folder of the store; it must not exist")
-    add("--form", default="plain", metavar="NAME",
-        help=f"plain, int8, fp8, ... ({page('weights')}); 'as published' keeps every bit")
+    add("--form", metavar="NAME",
+        help=f"plain, int8, fp8, ... ({page('weights')}); 'as published', the default of a GGUF file, keeps every bit")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of the form: group_size=64")
     add("--dtype", choices=DTYPES, default=_OF_CONFIG, help="of plain weights; auto: that of the checkpoint")
     add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of continuing")
@@ -34,25 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     require("transformers")
     require("safetensors")
-    from ..offload import StoreError, write_store
+    from ..offload import write_store
     from ..offload.store_sources import AS_PUBLISHED
 
     require_new("out", args.out)
-    folder = find_folder(args.checkpoint)
+    source = Path(args.checkpoint) if is_gguf(args.checkpoint) else find_folder(args.checkpoint)
+    form = args.form or (AS_PUBLISHED if is_gguf(source) else "plain")
     dtype = None if args.dtype == _OF_CONFIG else getattr(torch, args.dtype)
     options = settings(args.set, "the form", ("source", "path", "form", "dtype", "progress", "resume"))
-    if args.form == "plain" and (method := _quantization(folder)) is not None:
+    if form == "plain" and (method := _quantization(source)) is not None:
         kept = f"--form {AS_PUBLISHED!r} keeps them"
         print(f"the checkpoint is {method}: its experts become plain and larger; {kept}", flush=True)
     try:
         with progress("writing") as advance:
-            store = write_store(
-                folder, args.out, args.form, dtype=dtype, progress=advance, resume=not args.fresh, **options
-            )
+            store = write_store(source, args.out, form, dtype=dtype, progress=advance, resume=not args.fresh, **options)
         if args.verify:
             with progress("verifying") as advance:
                 store.verify(advance)
-    except (StoreError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CommandError(name_options(error)) from None
     print(store)
     return 0

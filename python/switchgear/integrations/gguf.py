@@ -21,6 +21,7 @@ from switchgear.integrations.gguf_architectures import (
     ARCHITECTURE,
     ARCHITECTURES,
     EMBEDDING,
+    FACTORS,
     HEAD,
     LATENT_HEADS,
     OWN,
@@ -30,6 +31,7 @@ from switchgear.integrations.gguf_architectures import (
     build_error,
     choose_architecture,
     find_architecture,
+    find_factors,
     find_layout,
     find_name,
     name_experts,
@@ -59,7 +61,7 @@ from switchgear.weights.module import (
 )
 from switchgear.weights.weight import Weight
 
-__all__ = ["ARCHITECTURES", "Architecture", "load_gguf", "save_gguf"]
+__all__ = ["ARCHITECTURES", "Architecture", "FileExperts", "load_gguf", "load_without_experts", "save_gguf"]
 
 FLOAT_TYPES = ("f32", "f16", "bf16", "f64")
 
@@ -87,14 +89,37 @@ def load_gguf(path: AnyPath, *, dtype: torch.dtype = torch.float32) -> PreTraine
             is missing, or of another type or shape than the others tell, or unknown. The message names it.
             OSError: a file cannot be read.
     """
+    model, experts = load_without_experts(path, dtype)
+    for each in experts:
+        parameters = [each.module.get_parameter(own) for own in each.layout.names]
+        found = each.read()
+        if isinstance(found[0], Weight):
+            _put(each.module, each.layout, parameters, found)
+            continue
+        for own, parameter, plain in zip(each.layout.names, parameters, found, strict=True):
+            each.module.register_parameter(own, nn.Parameter(plain, parameter.requires_grad))
+    check_before_load(model)
+    return model
+
+
+class FileExperts(NamedTuple):
+    """Experts of a file. read: returns both projections, as weights in blocks or with the parameters' shapes."""
+
+    path: str  # in the model
+    module: nn.Module
+    layout: Layout
+    read: Callable[[], Sequence[Any]]
+
+
+def load_without_experts(path: AnyPath, dtype: torch.dtype) -> tuple[PreTrainedModel, list[FileExperts]]:
+    """`load_gguf`, but for experts, which stay on meta; and what reads them."""
     if dtype not in FLOATS:
         raise ValueError(f"dtype: expected a floating dtype of at least 16 bits, got {dtype}")
     file = read_gguf(path)
     name = read_key(file, ARCHITECTURE, str)
     known = find_architecture(file, name)
     model = _build(file, name, known, dtype)
-    _Loading(file, model, known, dtype).run()
-    return model
+    return model, _Loading(file, model, known, dtype).run()
 
 
 def _build(file: GgufFile, name: str, known: Architecture, dtype: torch.dtype) -> PreTrainedModel:
@@ -121,7 +146,7 @@ _AT_ONCE = 1 << 24  # bytes of a file that are copied or decoded before their pa
 
 
 class _Loading:
-    """Puts the tensors of a file into a model on meta."""
+    """Puts the tensors of a file into a model on meta, all but those of experts."""
 
     def __init__(self, file: GgufFile, model: Any, known: Architecture, dtype: torch.dtype) -> None:
         self._file, self._model, self._known, self._dtype = file, model, known, dtype
@@ -129,15 +154,19 @@ class _Loading:
 
     def _is_of_the_model(self, name: str) -> bool:
         """Not of the layers that follow the model's own."""
+        if name == FACTORS and self._model.config.rope_parameters["rope_type"] == "llama3":
+            return False  # the config has them
         layer = name.split(".")[1] if name.startswith("blk.") else ""
         return not layer.isdecimal() or int(layer) < self._model.config.num_hidden_layers
 
-    def run(self) -> None:
+    def run(self) -> list[FileExperts]:
+        experts = []
         modules = dict(self._model.named_modules())
         for path, module in modules.items():
             is_expert = layout_of(module) is not None or (name_module(path, self._known) or "").endswith("exps")
             if is_expert and (layout := find_layout(module, self._known)) is not None:
-                self._load_experts(name_module(path, self._known) or path, module, layout)
+                read = self._find_experts(name_module(path, self._known) or path, module, layout)
+                experts.append(FileExperts(path, module, layout, read))
                 continue
             for own, parameter in list(module.named_parameters(recurse=False)):
                 name = name_parameter(path, own, self._known) or f"{path}.{own}"
@@ -152,6 +181,7 @@ class _Loading:
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # made of the config alone
                 self._model.set_submodule(path, type(module)(self._model.config))
         check_before_load(self._model)
+        return experts
 
     def _error(self, name: str, expected: str, got: object) -> ValueError:
         return build_error(self._file, f"tensor {name!r}", expected, got)
@@ -190,7 +220,7 @@ class _Loading:
                 self._file.release(tensor.data)
         layout = linear_layout_of(module) or embedding_layout_of(module)
         if tensor.type in gguf.TYPES and layout is not None and own == "weight":
-            self._put(module, layout, [parameter], [self._weigh(tensor, data[None, None])])
+            _put(module, layout, [parameter], [self._weigh(tensor, data[None, None])])
             return
         module.register_parameter(own, self._plain(tensor.type, data, parameter))
 
@@ -202,26 +232,25 @@ class _Loading:
     def _fill(self, out: Tensor, type: str, data: Tensor) -> None:
         """Copies numbers or matrices, a few at a time: pages of the file are memory, too."""
         count = max(1, _AT_ONCE // data[0].nbytes)
-        for some, source in zip(out.split(count), data.split(count), strict=True):
+        for some, source in zip(torch.split(out, count), torch.split(data, count), strict=True):
             some.copy_(gguf.decode(type, source) if type in gguf.TYPES else source)
             self._file.release(source)
 
     def _weigh(self, tensor: GgufTensor, data: Tensor) -> Weight:
         return gguf_weight(tensor.type, data, tensor.shape[-1], self._dtype)
 
-    def _put(
-        self, module: nn.Module, layout: Layout, parameters: Sequence[nn.Parameter], weights: Sequence[Weight]
-    ) -> None:
-        kinds = zip(weights, parameters, strict=True)
-        projections = tuple(Projection(Kind.of(weight), p.requires_grad, Tie()) for weight, p in kinds)
-        put(module, StoredProjections(FORMS[weights[0].format](), layout, projections), tuple(weights))
-
-    def _load_experts(self, name: str, module: nn.Module, layout: Layout) -> None:
+    def _find_experts(self, name: str, module: nn.Module, layout: Layout) -> Callable[[], Sequence[Any]]:
         parameters = [module.get_parameter(own) for own in layout.names]
         experts, rows, columns = layout.view(parameters[0]).shape
         names, half = name_experts(name), (experts, rows // 2, columns)
         gates, ups, down = map(self._take, names, (half, half, layout.view(parameters[1]).shape))
         self._load_biases(name, module, layout, (half[:2], half[:2], tuple(down.shape[:2])))
+        shapes = [parameter.shape for parameter in parameters]
+        return partial(self._read_experts, layout, shapes, gates, ups, down)
+
+    def _read_experts(
+        self, layout: Layout, shapes: Sequence[torch.Size], gates: GgufTensor, ups: GgufTensor, down: GgufTensor
+    ) -> Sequence[Any]:
         types = {gates.type, ups.type, down.type}
         if types <= gguf.TYPES.keys() and gates.type == ups.type:
             pairs = gates.data, ups.data
@@ -229,14 +258,13 @@ class _Loading:
             if data.data_ptr() != gates.data.data_ptr():
                 for copied in pairs:
                     self._file.release(copied)
-            self._put(module, layout, parameters, (self._weigh(gates, data), self._weigh(down, down.data[:, None])))
-            return
-        for own, parameter, tensors in zip(layout.names, parameters, ((gates, ups), (down,)), strict=True):
-            plain = torch.empty(parameter.shape, dtype=self._dtype)
+            return self._weigh(gates, data), self._weigh(down, down.data[:, None])
+        found = [torch.empty(shape, dtype=self._dtype) for shape in shapes]
+        for plain, tensors in zip(found, ((gates, ups), (down,)), strict=True):
             for index, tensor in enumerate(tensors):
                 part = take_part(layout.view(plain), len(tensors), layout.split_gates, index)
                 self._fill(part, tensor.type, tensor.data)
-            module.register_parameter(own, nn.Parameter(plain, parameter.requires_grad))
+        return found
 
     def _load_biases(self, name: str, module: nn.Module, layout: Layout, shapes: Sequence[Sequence[int]]) -> None:
         first, second = (module._parameters.get(f"{own}_bias") for own in layout.names)
@@ -246,6 +274,12 @@ class _Loading:
         both = _join(_decode(gates), _decode(ups), layout)
         for own, data, parameter in zip(layout.names, (both, _decode(down)), (first, second), strict=True):
             module.register_parameter(f"{own}_bias", self._plain("f32", data, parameter))
+
+
+def _put(module: nn.Module, layout: Layout, parameters: Sequence[nn.Parameter], weights: Sequence[Weight]) -> None:
+    kinds = zip(weights, parameters, strict=True)
+    projections = tuple(Projection(Kind.of(weight), p.requires_grad, Tie()) for weight, p in kinds)
+    put(module, StoredProjections(FORMS[weights[0].format](), layout, projections), tuple(weights))
 
 
 def _decode(tensor: GgufTensor) -> Tensor:
@@ -339,6 +373,9 @@ def _list_tensors(
     model: Any, known: Architecture, choose: Callable[[str, Sequence[int]], str], like: Mapping[str, GgufTensor]
 ) -> Iterator[tuple[str, DeferredTensor]]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if (rope := model.config.rope_parameters).get("rope_type") == "llama3":
+        factors = find_factors(rope, model.config.head_dim)
+        yield FACTORS, _defer(FACTORS, _Part(tuple(factors.shape), None, lambda: factors), choose)
     for path, module in model.named_modules():
         if has_adapters(module):
             raise ValueError(f"model.{path}: expected no adapters; merge them first")

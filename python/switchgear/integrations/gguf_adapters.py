@@ -89,10 +89,11 @@ def _check_biases(model: Any) -> None:
 
 def _join(adapters: Sequence[_Adapter]) -> _Adapter:
     """One adapter of the sum of ranks, in float32."""
-    a, b, scales = zip(*adapters, strict=True)
-    if len(set(scales)) > 1:
-        b, scales = [each * scale for each, scale in zip(b, scales, strict=True)], (1.0,)
-    return _Adapter(torch.cat(a, -2), torch.cat(b, -1), scales[0])
+    scales = {adapter.scale for adapter in adapters}
+    if len(scales) > 1:
+        adapters = [_Adapter(a, b * scale, 1.0) for a, b, scale in adapters]
+    a, b = (torch.cat([adapter[i] for adapter in adapters], -2 + i) for i in range(2))
+    return _Adapter(a, b, adapters[0].scale)
 
 
 def _list_adapters(model: Any, known: Architecture) -> Iterator[tuple[str, _Adapter]]:

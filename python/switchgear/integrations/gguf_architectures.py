@@ -4,6 +4,7 @@ fixed values of it, and the tensors whose names or rows differ from those of _MO
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ class Architecture(NamedTuple):
     splits: Mapping[str, Split] = {}  # by name in _MODULES
     experts: Layout | None = None  # of experts that `store` does not know
     has_interleaved_rope: bool = False  # rows of q and k are in another order in files
+    has_factors: bool = False  # a tensor has the factors of llama3's scaling of positions
     read: Callable[[GgufFile, str, dict[str, Any]], None] | None = None  # sets fields of keys that are no fields
     write: Callable[[Any, GgufFile | None], dict[str, Any]] | None = None  # those keys of a config; the other is `like`
 
@@ -50,7 +52,7 @@ class Architecture(NamedTuple):
 
 def _split_latent(weight: Tensor, config: Any) -> Sequence[Tensor]:
     """kv_b_proj [heads·(k+v),C] as k_b [heads,C,k] and v_b [heads,v,C]."""
-    heads = weight.unflatten(0, (config.num_attention_heads, -1))
+    heads = weight.view(config.num_attention_heads, -1, weight.shape[-1])
     k, v = heads.split((config.qk_nope_head_dim, config.v_head_dim), 1)
     return k.mT, v
 
@@ -110,6 +112,26 @@ def _write_glm(config: Any, like: GgufFile | None) -> dict[str, Any]:
 
 def _read_llama4(file: GgufFile, prefix: str, fields: dict[str, Any]) -> None:
     fields["use_qk_norm"] = fields["num_local_experts"] != _WITHOUT_NORM  # llama.cpp tells by it
+    if FACTORS not in file.tensors:
+        return
+    factors, rope = file.tensors[FACTORS].data.float(), fields["rope_parameters"]
+    for high in (1.0, 4.0):  # of Llama 4, and of Llama 3
+        known = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": high}
+        scaled = {**rope, "rope_type": "llama3", **known, "original_max_position_embeddings": 8192}
+        wanted = find_factors(scaled, fields["head_dim"])
+        if wanted.shape == factors.shape and torch.allclose(wanted, factors, rtol=1e-5):
+            rope |= scaled
+            return
+    raise build_error(file, f"tensor {FACTORS!r}", "factors of llama3's scaling of 8192 positions", "others")
+
+
+def find_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
+    """What llama3's scaling divides each frequency by, [head_dim / 2] float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** exponents)
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns >= low).double()
+    return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
 def _write_llama4(config: Any, like: GgufFile | None) -> dict[str, Any]:
@@ -254,6 +276,7 @@ ARCHITECTURES = {
             "attention_bias": False,
         },
         experts=Layout(("gate_up_proj", "down_proj"), transposed=True, split_gates=True),
+        has_factors=True,
         read=_read_llama4,
         write=_write_llama4,
     ),
@@ -323,6 +346,7 @@ OWN = {  # parameters and buffers whose tensors are not named as their module
     "self_attn.sinks": "attn_sinks.weight",
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
 }
+FACTORS = "rope_freqs.weight"
 EMBEDDING, HEAD, VECTOR = "token_embd.weight", "output.weight", "ffn_gate_inp_shexp.weight"
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
@@ -480,10 +504,11 @@ def write_config(config: Any, name: str, known: Architecture, source: GgufFile |
         _set(metadata, f"{name}.vocab_size", Value("uint32", config.vocab_size))
         _set(metadata, "tokenizer.ggml.model", Value("string", "none"))
         if (kind := rope.get("rope_type", "default")) != "default":
-            if kind not in ("linear", "yarn"):
+            if kind not in ("linear", "yarn") and not (kind == "llama3" and known.has_factors):
                 raise ValueError(f"model.config.rope_parameters: expected default, linear or yarn, got {kind!r}")
-            _set(metadata, f"{name}.rope.scaling.type", Value("string", kind))
-            _set(metadata, f"{name}.rope.scaling.factor", Value("float32", rope["factor"]))
+            if kind != "llama3":  # a tensor has it
+                _set(metadata, f"{name}.rope.scaling.type", Value("string", kind))
+                _set(metadata, f"{name}.rope.scaling.factor", Value("float32", rope["factor"]))
             if kind == "yarn":
                 length = Value("uint32", rope["original_max_position_embeddings"])
                 _set(metadata, f"{name}.rope.scaling.original_context_length", length)

@@ -195,10 +195,10 @@ def read_gguf(path: AnyPath) -> GgufFile:
     path = Path(path)
     found = _SHARD.search(path.name)
     if found is None:
-        metadata, tensors, maps = _read_file(path)
+        metadata, tensors, own = _read_file(path)
         if (count := _read_count(path, metadata, SPLIT_COUNT, 1)) > 1:
             raise ValueError(f"{path}: expected a name with -00001-of-{count:05}.gguf for a split file")
-        return GgufFile(path, metadata, tensors, maps)
+        return GgufFile(path, metadata, tensors, own)
     count = int(found[2])
     shards = [path.with_name(f"{path.name[: found.start()]}-{n + 1:05}-of-{count:05}.gguf") for n in range(count)]
     if path not in shards:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from switchgear.convert.directory import ConversionError, divide_into_shards, write_index, write_shard
 from switchgear.convert.plans import Item
-from switchgear.files import AnyPath
-from switchgear.offload.attachment import read_all
+from switchgear.files import AnyPath, is_gguf
+from switchgear.offload.attachment import find_targets, read_all
 from switchgear.offload.projections import InStore, OffloadedProjections
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import StoreError
@@ -43,21 +43,29 @@ def load_model(
         cache = offload.offload(model, store, bytes=8 << 30)
 
     Args:
-        checkpoint: the folder that the store was written from, or a copy: config.json and safetensors files.
+        checkpoint: the folder that the store was written from, or a copy: config.json and safetensors files; or the
+            GGUF file, whose other weights stay mapped.
         store: an open store, or its path.
         dtype: of the model; by default that of the store's weights.
-        device: of what is loaded. The experts will run there.
+        device: of what is loaded. The experts will run there. Of a GGUF file the CPU, which alone has kernels for it.
 
     Raises:
         ValueError: the checkpoint cannot be loaded, or its experts are not those of the store.
         StoreError: the store cannot be opened.
     """
+    from switchgear.integrations.gguf import load_without_experts
     from switchgear.integrations.published import fill, planned
 
     opened = store if isinstance(store, Store) else Store.open(store)
     dtypes = {kind.dtype for records in opened.layers.values() for kind in records.kinds}
     if dtype is None and len(dtypes) == 1:
         dtype = next(iter(dtypes))
+    if is_gguf(checkpoint):
+        if torch.device(device).type != "cpu":
+            raise ValueError(f"device: expected cpu for a GGUF file, got {device}")
+        model, _ = load_without_experts(checkpoint, dtype or torch.float32)
+        find_targets(model, opened)
+        return model
     plan = planned(Path(checkpoint), dtype)
     _check(plan, opened)
     held = {f"{name}.{projection}" for name, layout, _ in plan.experts() for projection in layout.names}

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from switchgear import _C
-from switchgear.files import AnyPath, Kind, Unfinished, bytes_of, write_whole, writing
+from switchgear.files import AnyPath, Kind, Unfinished, bytes_of, is_gguf, write_whole, writing
 from switchgear.offload import store_index, store_sources
 from switchgear.offload.store_records import PAGE, Records, StoreError, StoreFull, fill, lay_out_records
 from switchgear.weights.form import Form
@@ -135,11 +135,12 @@ def write_store(
 
     Args:
         source: a model with Experts, or with experts of transformers on the fused kernel, stored or not; or the folder
-            of a checkpoint of a model of transformers, published in any form that `load_published` reads.
+            of a checkpoint of a model of transformers, published in any form that `load_published` reads; or a GGUF
+            file.
         path: of the store; it must not exist.
         form: one of `switchgear.store`, with its options, or "as published": the experts keep their form, and so every
             bit. Published experts that are in `form` already keep their bits, too.
-        dtype: of plain weights of a checkpoint; by default that of its config.
+        dtype: of plain weights of a checkpoint; by default that of its config, of a GGUF file float32.
         progress: called as (layers done, layers, name) after each.
         resume: False discards what an interrupted call has written.
 
@@ -156,7 +157,8 @@ def write_store(
             raise ValueError(f"dtype: expected none for a model, whose experts have one, got {dtype}")
         found = store_sources.of_model(source, wanted)
     else:
-        found = store_sources.of_checkpoint(Path(source), wanted, dtype)
+        read = store_sources.of_gguf if is_gguf(source) else store_sources.of_checkpoint
+        found = read(Path(source), wanted, dtype)
     text = store_sources.AS_PUBLISHED if wanted is None else str(wanted)
     try:
         _write(found, Path(path), text, progress, resume)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 
 from switchgear.checks import Range, convert
-from switchgear.files import read_json
+from switchgear.files import is_gguf, read_json
 from switchgear.offload.store_records import ALIGNMENT, PAGE, Part, Records, StoreError, whole_tensors
 from switchgear.reference import formats
 from switchgear.weights.module import Kind
@@ -96,7 +96,10 @@ def read(folder: Path) -> Index:
     file = folder / INDEX
     try:
         if not file.is_file():
-            raise StoreError(f"path: expected a store with {INDEX}, got {folder}")
+            reason = ""
+            if is_gguf(folder):
+                reason = ", where an expert's parts lie apart, not on whole pages; write_store makes a store of it"
+            raise StoreError(f"path: expected a store with {INDEX}, got {folder}{reason}")
         found = read_json(file, parse_constant=_no_constant)
     except StoreError:
         raise

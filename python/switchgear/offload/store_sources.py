@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchgear import _C
 from switchgear.offload.projections import OffloadedForm
-from switchgear.weights.form import Form, Layout, hint_for, layout_of
+from switchgear.weights.form import FORMS, Form, Layout, hint_for, layout_of
 from switchgear.weights.module import StoredProjections, stored_of
 from switchgear.weights.selected import selection_of
 from switchgear.weights.weight import Weight
@@ -136,11 +136,13 @@ def encoded(name: str, weight: Tensor, parts: int, form: Form | None) -> Weight:
 def _sum_up(module: nn.Module) -> str:
     """A digest of the projections: numbers that changed since an interrupted run are written again."""
     stored, layout = stored_of(module), layout_of(module)
-    tensors: list[Tensor] = []
     if stored is not None:
-        tensors = [tensor for weight in stored.weights(module) for tensor in weight.tensors]
-    elif layout is not None:
-        tensors = [getattr(module, name).detach() for name in layout.names]
+        return _digest(stored.weights(module))
+    return _digest([] if layout is None else [getattr(module, name).detach() for name in layout.names])
+
+
+def _digest(weights: Sequence[Tensor | Weight]) -> str:
+    tensors = [t for weight in weights for t in (weight.tensors if isinstance(weight, Weight) else (weight,))]
     digest = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.cpu().contiguous()
@@ -169,14 +171,7 @@ def of_checkpoint(path: Path, form: Form | None, dtype: torch.dtype | None) -> S
         for index, projection in enumerate(layout.names):
             target = f"{name}.{projection}"
             found: Any = plan.reads[target](reader, device)
-            if isinstance(found, Weight):
-                if form in (None, plan.forms[target]):
-                    made.append(found)
-                    continue
-                found = found.plain()
-            else:
-                found = _rows_first(found, layout)
-            made.append(encoded(target, found, layout.parts(index), form))
+            made.append(_in_form(target, found, plan.forms.get(target), layout, index, form))
         return made[0], made[1]
 
     layers = [
@@ -185,3 +180,39 @@ def of_checkpoint(path: Path, form: Form | None, dtype: torch.dtype | None) -> S
     if not layers:
         raise ValueError(f"source: expected a checkpoint with experts on the fused kernel, {path} has none")
     return Source(layers, reader.close, plan.model.dtype)
+
+
+def _in_form(
+    name: str, found: Tensor | Weight, own: Form | None, layout: Layout, index: int, form: Form | None
+) -> Weight:
+    """A projection of a checkpoint in a form; None, or its `own`: as it is."""
+    if not isinstance(found, Weight):
+        return encoded(name, _rows_first(found, layout), layout.parts(index), form)
+    return found if form in (None, own) else encoded(name, found.plain(), layout.parts(index), form)
+
+
+def _digest_read(read: Callable[[], Sequence[Any]]) -> str:
+    return _digest(read())
+
+
+def of_gguf(path: Path, form: Form | None, dtype: torch.dtype | None) -> Source:
+    """The experts of a GGUF file, which stay there until their layer is written. form: None keeps the blocks."""
+    from switchgear.integrations.gguf import load_without_experts  # imports transformers
+
+    model, experts = load_without_experts(path, dtype or torch.float32)
+
+    def read_both(name: str, layout: Layout, read: Callable[[], Sequence[Any]]) -> tuple[Weight, Weight]:
+        made = []
+        for index, (projection, found) in enumerate(zip(layout.names, read(), strict=True)):
+            own = FORMS[found.format]() if isinstance(found, Weight) else None
+            made.append(_in_form(f"{name}.{projection}", found, own, layout, index, form))
+        return made[0], made[1]
+
+    layers = []
+    for name, module, layout, read in experts:
+        if layout_of(module) is None:
+            raise ValueError(f"source: expected experts on the fused kernel, got {type(module).__name__} in {path}")
+        shapes = [layout.view(module.get_parameter(own)).shape for own in layout.names]
+        sizes = (*shapes[0], *shapes[1][1:])
+        layers.append(Layer(name, sizes, partial(read_both, name, layout, read), partial(_digest_read, read)))
+    return Source(layers, lambda: None, model.dtype)
