@@ -53,8 +53,7 @@ class Architecture(NamedTuple):
 def _split_latent(weight: Tensor, config: Any) -> Sequence[Tensor]:
     """kv_b_proj [heads·(k+v),C] as k_b [heads,C,k] and v_b [heads,v,C]."""
     heads = weight.view(config.num_attention_heads, -1, weight.shape[-1])
-    k, v = heads.split((config.qk_nope_head_dim, config.v_head_dim), 1)
-    return k.mT, v
+    return heads[:, : config.qk_nope_head_dim].mT, heads[:, config.qk_nope_head_dim :]
 
 
 def _join_latent(parts: Sequence[Tensor], config: Any) -> Tensor:
@@ -131,7 +130,7 @@ def find_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
     turns = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** exponents)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns >= low).double()
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+    return torch.reciprocal((1 - smooth) / factor + smooth).float()
 
 
 def _write_llama4(config: Any, like: GgufFile | None) -> dict[str, Any]:
