@@ -189,8 +189,9 @@ def test_generation_has_the_log_probs_of_a_trainer(model_type: str) -> None:
 
 
 @torch.no_grad()
-def test_stored_linears(calls: list[Any]) -> None:
-    model = make("olmoe")
+@pytest.mark.parametrize("model_type", ["olmoe", "deepseek_v3"])
+def test_stored_linears(model_type: str, calls: list[Any]) -> None:
+    model = make(model_type)
     switchgear.accelerate(model)
     switchgear.store(model, "fp8", linears="fp8")
     want = model(IDS).logits
