@@ -337,6 +337,11 @@ def test_a_layer_that_computes_something_else_is_left_alone(monkeypatch: pytest.
         accelerate(model, whole_layers=True)
         torch.testing.assert_close(model(IDS).logits, want, rtol=1e-3, atol=1e-4)
     model = make("olmoe")
+    model.config.clip_qkv = 30.0  # more than random inputs reach
+    with pytest.warns(UserWarning, match="left alone"):
+        replaced = accelerate(model, whole_layers=True)
+    assert all(r.path != "whole layer" for r in replaced)
+    model = make("qwen3_moe")
     monkeypatch.setattr(decoding, "rms_norm", lambda x, *args, **kwargs: (2 * x, x) if "residual" in kwargs else x)
     with pytest.warns(UserWarning, match="left alone"):
         replaced = accelerate(model, whole_layers=True)
