@@ -370,7 +370,7 @@ void py_rms_norm(handle inputs, handle options, handle outputs, ExecutionArgumen
 }
 
 void py_rotate_heads(handle inputs, handle options, handle outputs, ExecutionArgument execution) {
-  Call call(inputs, 7, options, 1, outputs, 3, execution);
+  Call call(inputs, 7, options, 2, outputs, 3, execution);
   const RotateHeadsArgs args{.q = call.inputs.in("q"),
                              .k = call.inputs.in("k"),
                              .v = call.inputs.in("v"),
@@ -381,7 +381,8 @@ void py_rotate_heads(handle inputs, handle options, handle outputs, ExecutionArg
                              .eps = call.options.value<float>("eps"),
                              .q_out = call.outputs.out("q_out"),
                              .k_out = call.outputs.out("k_out"),
-                             .v_out = call.outputs.out("v_out")};
+                             .v_out = call.outputs.out("v_out"),
+                             .interleaved = call.options.value<bool>("interleaved")};
   run(rotate_heads, args, execution);
 }
 

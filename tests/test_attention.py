@@ -173,7 +173,8 @@ def test_rms_norm(backend: str, dtype: torch.dtype, wide_weight: bool) -> None:
 
 
 @dtypes
-def test_rotate_heads(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_rotate_heads(backend: str, dtype: torch.dtype, interleaved: bool) -> None:
     for batch, tokens, heads, cache_heads, depth, angles in (
         (1, 1, 1, 1, 2, 1),
         (2, 5, 6, 2, 20, 10),
@@ -189,9 +190,10 @@ def test_rotate_heads(backend: str, dtype: torch.dtype) -> None:
             sin = sin.to(dtype)
         for sizes in (None, (depth, depth), (heads * depth, cache_heads * depth)):
             weights = (None, None) if sizes is None else tuple(torch.randn(n).to(dtype) for n in sizes)
-            got = rotate_heads(q, k, v, cos, sin, q_weight=weights[0], k_weight=weights[1], eps=1e-5)
+            options = {"q_weight": weights[0], "k_weight": weights[1], "interleaved": interleaved}
+            got = rotate_heads(q, k, v, cos, sin, **options, eps=1e-5)
             wide = [None if t is None else t.double() for t in (q, k, v, cos, sin, *weights)]
-            want = attention.rotate_heads(*wide, 1e-5)
+            want = attention.rotate_heads(*wide, 1e-5, interleaved)
             size = [t.square().sum(-1, keepdim=True).sqrt() for t in want]  # of both elements that turn
             for a, b, s in zip(got[:2], want, size, strict=False):
                 assert_close(a, Bounded(b, C * (heads * depth + EVALUATION) * U32 * s.expand_as(b)).rounded(dtype))
@@ -225,13 +227,15 @@ def test_gradients_of_norms_and_heads(backend: str) -> None:
         torch.testing.assert_close(a, b.float())
     q, k, v, w = (torch.randn(*s, requires_grad=True) for s in ((1, 3, 4, 8), (1, 3, 2, 8), (1, 3, 2, 6), (8,)))
     angles = torch.randn(1, 3, 4)
-    out = rotate_heads(q, k, v, angles.cos(), angles.sin(), q_weight=w, k_weight=w)
-    wide = [t.detach().double().requires_grad_() for t in (q, k, v, w)]
-    want = attention.rotate_heads(*wide[:3], angles.cos().double(), angles.sin().double(), wide[3], wide[3], 1e-6)
-    grads = [torch.randn(t.shape) for t in out]
-    expected = torch.autograd.grad(want, wide, [g.double() for g in grads])
-    for a, b in zip(torch.autograd.grad(out, (q, k, v, w), grads), expected, strict=True):
-        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
+    for interleaved in (False, True):
+        out = rotate_heads(q, k, v, angles.cos(), angles.sin(), q_weight=w, k_weight=w, interleaved=interleaved)
+        wide = [t.detach().double().requires_grad_() for t in (q, k, v, w)]
+        cos, sin = angles.cos().double(), angles.sin().double()
+        want = attention.rotate_heads(*wide[:3], cos, sin, wide[3], wide[3], 1e-6, interleaved)
+        grads = [torch.randn(t.shape) for t in out]
+        expected = torch.autograd.grad(want, wide, [g.double() for g in grads])
+        for a, b in zip(torch.autograd.grad(out, (q, k, v, w), grads), expected, strict=True):
+            torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

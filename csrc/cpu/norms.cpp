@@ -33,12 +33,17 @@ void normalize(const Kernels& k, float* row, const float* weight, float eps, int
   for (int64_t i = 0; i < n; ++i) row[i] = row[i] * factor * weight[i];
 }
 
-// Pairs (i, i + half) turn by the angle of i.
-void rotate(float* row, const float* cos, const float* sin, int64_t half) {
-  for (int64_t i = 0; i < half; ++i) {
-    const float first = row[i], second = row[i + half];
-    row[i] = first * cos[i] - second * sin[i];
-    row[i + half] = second * cos[i] + first * sin[i];
+// Pairs (i, i + half), or (2·i, 2·i + 1), turn by the angle of i.
+void rotate(float* row, const float* cos, const float* sin, int64_t half, bool interleaved) {
+  const auto turn = [&](int64_t i, float& a, float& b) {
+    const float first = a, second = b;
+    a = first * cos[i] - second * sin[i];
+    b = second * cos[i] + first * sin[i];
+  };
+  if (interleaved) {
+    for (int64_t i = 0; i < half; ++i) turn(i, row[2 * i], row[2 * i + 1]);
+  } else {
+    for (int64_t i = 0; i < half; ++i) turn(i, row[i], row[i + half]);
   }
 }
 
@@ -99,7 +104,7 @@ void rotate_heads(const RotateHeadsArgs& args, const Context& context) {
         }
         if (normed == heads * depth) normalize(k, row, weight.data(), args.eps, heads * depth);
         for (int64_t head = 0; head < heads; ++head) {
-          rotate(row + head * depth, cos, sin, half);
+          rotate(row + head * depth, cos, sin, half, args.interleaved);
           k.store_row(row_at(to, b, token, head), to.dtype, row + head * depth, depth);
         }
       };

@@ -381,8 +381,8 @@ struct RmsNormArgs {
 void rms_norm(const RmsNormArgs& args, Execution exec = {});
 
 // What attend takes, of new tokens. Each head of q and k is normalised as by rms_norm if there is a weight: one of D elements is for
-// a single head, one of N·D or J·D for all of a token's. Then the elements i and i + R turn by an angle, for i < R; those from 2·R on
-// stay. v is copied. Outputs may be views of the cache.
+// a single head, one of N·D or J·D for all of a token's. Then the elements i and i + R, or 2·i and 2·i + 1, turn by angle i < R; those
+// from 2·R on stay. v is copied. Outputs may be views of the cache.
 struct RotateHeadsArgs {
   TensorView q;         // [B,T,N,D] float
   TensorView k;         // [B,T,J,D] float
@@ -394,6 +394,7 @@ struct RotateHeadsArgs {
   TensorView q_out;     // out [B,T,N,D]
   TensorView k_out;     // out [B,T,J,D]
   TensorView v_out;     // out [B,T,J,V]
+  bool interleaved = false;  // pairs are 2·i and 2·i + 1
 };
 void rotate_heads(const RotateHeadsArgs& args, Execution exec = {});
 

@@ -185,7 +185,7 @@ OPS = {
             "k_out": "BKOX float rows out",
             "v_out": "BKOY float rows out",
         },
-        {"eps": 1e-6},
+        {"eps": 1e-6, "interleaved": True},
     ),
     "moe_forward": Op(
         {"x": "TH float rows", **WEIGHTS, **CHOICES, "y": "TH float rows out", "h": "SN float rows out"},

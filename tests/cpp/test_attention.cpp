@@ -158,6 +158,7 @@ TEST(rotate_heads_matches_reference) {
   constexpr int64_t kB = 2, kT = 3, kN = 4, kJ = 2, kD = 11, kV = 5, kR = 4;
   for (const DType dtype : kFloatTypes) {
     for (const int64_t normed : {int64_t{0}, int64_t{1}, kN}) {  // heads that a weight is for
+      const bool interleaved = normed == 1;
       note = join(name_of(dtype), " ", normed);
       Random random{9};
       const Array q = random_array(random, dtype, {kB * kT * kN, kD}, 1.0, 3);
@@ -192,7 +193,8 @@ TEST(rotate_heads_matches_reference) {
                                  .eps = 0.5f,
                                  .q_out = heads(q_out, kB, kT, kN),
                                  .k_out = turned(k_out),
-                                 .v_out = turned(v_out)};
+                                 .v_out = turned(v_out),
+                                 .interleaved = interleaved};
       const auto check = [&](const Array& from, int64_t count, int64_t group, const Array& weight, auto&& got) {
         for (int64_t token = 0; token < kB * kT; ++token) {
           const auto at = [&](int64_t i) {  // element i of all heads, normalised
@@ -206,12 +208,14 @@ TEST(rotate_heads_matches_reference) {
             return x / std::sqrt(squares / static_cast<double>(width) + 0.5) * weight(group == 1 ? i % kD : i);
           };
           for (int64_t i = 0; i < count * kD; ++i) {
-            const int64_t d = i % kD, angle = d % kR, other = d < kR ? i + kR : i - kR;
+            const int64_t d = i % kD, angle = interleaved ? d / 2 : d % kR;
+            const bool is_first = interleaved ? d % 2 == 0 : d < kR;
+            const int64_t distance = interleaved ? 1 : kR, other = is_first ? i + distance : i - distance;
             double want = at(i), size = std::abs(want);
             if (d < 2 * kR) {
               const double c = cos(token % kT, angle), s = sin(token % kT, angle);
               size = std::abs(want * c) + std::abs(at(other) * s);
-              want = want * c + (d < kR ? -1 : 1) * at(other) * s;
+              want = want * c + (is_first ? -1 : 1) * at(other) * s;
             }
             CHECK_CLOSE(got(token, i / kD, d), rounded({want, 64 * kUnit * size}, dtype), token, " ", i);
           }

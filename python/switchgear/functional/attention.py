@@ -96,6 +96,7 @@ def rotate_heads(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
+    interleaved: bool = False,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The queries, keys and values of new tokens as `attend` takes them: q [B,T,N,D], keys [B,J,T,D], values [B,J,T,V].
@@ -106,6 +107,7 @@ def rotate_heads(
             turn by angle i < R; the others stay. By default none.
         q_weight, k_weight: [D] to normalise each head first, as `rms_norm`; [N·D] and [J·D] for all of a token's at
             once.
+        interleaved: elements 2·i and 2·i + 1 turn instead.
         into: part of a cache [B,J,T,D] and [B,J,T,V], which keys and values are written to and which are then returned.
             Without gradients only.
 
@@ -117,12 +119,12 @@ def rotate_heads(
         if into is not None:
             raise ValueError("into: expected none where a gradient is needed")
         out: tuple[Tensor, Tensor, Tensor] = apply(
-            Defined, attention.rotate_heads, ops.rotate_heads, len(inputs), *inputs, eps
+            Defined, attention.rotate_heads, ops.rotate_heads, len(inputs), *inputs, eps, interleaved
         )
         return out
     if ops.needs_no_dispatch(*inputs, *(into or ())):
-        return ops.rotate_heads_on_host(*inputs, eps, into)
-    rotated, keys, values = ops.rotate_heads(*inputs, eps)
+        return ops.rotate_heads_on_host(*inputs, eps, interleaved, into)
+    rotated, keys, values = ops.rotate_heads(*inputs, eps, interleaved)
     if into is None:
         return rotated, keys, values
     return rotated, into[0].copy_(keys), into[1].copy_(values)
@@ -146,7 +148,7 @@ class Defined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        needs = ctx.needs_input_grad[3:]
+        needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors  # which a checkpoint gives once
 
         def differentiate(*tensors: Any) -> Any:
             inputs, incoming = tensors[: -len(grads)], tensors[-len(grads) :]
@@ -162,6 +164,6 @@ class Defined(torch.autograd.Function):
                 [out for out, _ in used], asked, [grad for _, grad in used], materialize_grads=True
             )
 
-        found = iter(once(differentiate, *ctx.saved_tensors, *grads))
-        given = [next(found) if need else None for need in needs[: len(ctx.saved_tensors)]]
+        found = iter(once(differentiate, *saved, *grads))
+        given = [next(found) if need else None for need in needs[: len(saved)]]
         return None, None, None, *given, *(None for _ in ctx.options)

@@ -2,7 +2,8 @@
 """Integrations with other libraries. `switchgear.integrations.transformers` is for Hugging Face transformers.
 
 transformers.py  the public functions
-whole_blocks.py  an MoE block in one call; decoding.py: a decoder layer in a handful; cache.py: its keys and values
+whole_blocks.py  an MoE block in one call; decoding.py: a decoder layer in a handful; cache.py: its keys and values;
+                 layer_classes.py: forms of layers; layer_trials.py: which one a layer has
 modules.py       what a module of experts is and how it runs; undecorated.py: the table of replaced forwards, and
                  a trial of each; forwards.py: which forward a module or a part of it runs
 experts.py       one layer of experts; gates.py: recognises its gate

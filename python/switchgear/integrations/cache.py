@@ -12,6 +12,7 @@ tokens. Layers that are no attention, such as those of Mamba, are transformers' 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.capacity, self.is_sliding = capacity, is_sliding
         self.length = 0
         self.memory: tuple[Tensor, Tensor] | None = None  # [B,J,C,D] and [B,J,C,V]
+        self.expanded: GrowingLayer | None = None  # see `expand`
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -84,6 +86,15 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.length = end
         return self.memory  # type: ignore[return-value]
 
+    def expand(self, compute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The memory of what `compute` makes of keys and values of tokens, which is kept for later calls."""
+        if self.expanded is None:
+            self.expanded = GrowingLayer(self.capacity)
+        begin = self.expanded.length
+        if begin < self.length:
+            self.expanded.update(*compute(self.keys[:, :, begin:], self.values[:, :, begin:]))  # type: ignore[index]
+        return self.expanded.memory  # type: ignore[return-value]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds tokens, and returns the keys and values of all."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
@@ -109,17 +120,24 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
     def reset(self) -> None:
-        self.length = 0
+        self._shorten(0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last -tokens_to_remove tokens; a positive number is how many stay."""
         kept = self.length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
-        self.length = max(min(kept, self.length), 0)
+        self._shorten(max(kept, 0))
+
+    def _shorten(self, length: int) -> None:
+        self.length = min(length, self.length)
+        if self.expanded is not None:
+            self.expanded._shorten(length)
 
     def _select(self, select: Any) -> None:
         if self.memory is not None:
             keys, values = select(self.keys), select(self.values)
             self._allocate(keys, values, self.memory[0].shape[2])
+        if self.expanded is not None:
+            self.expanded._select(select)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -7,17 +7,20 @@ has hooks, adapters or another forward; the cache is a DynamicCache or a Growing
 or padding; nothing compiles, traces or casts. With gradients the same functions run, differentiated, so that a
 trainer's forward has the bits of generation: sums have one order for any batch, padding and cut of the prompt.
 
-A class is in the table by its names, and a layer of it is replaced if both compute the same for random inputs.
+A layer is described by its parts (layer_classes.py), and replaced if it computes the same as its class's forward for
+random inputs (layer_trials.py).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from switchgear import ops
 from switchgear.backends import in_autocast, runs_natively, warn_once
@@ -30,53 +33,21 @@ from switchgear.integrations.forwards import (
     PartClass,
     check_call,
     get_part,
-    name_model_class,
     replace_forward,
     runs_own_forward,
 )
+from switchgear.integrations.layer_classes import LayerClass, find_layer_class
+from switchgear.integrations.layer_trials import divides_by_root_mean_square, find_difference, find_form
 from switchgear.integrations.whole_blocks import run_block
 from switchgear.layers.linear import StoredLinear
-from switchgear.utils.modules import set_eval
 from switchgear.weights import Weight
 from switchgear.weights.module import matrix_of
 
 _has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 
 
-class LayerClass(NamedTuple):
-    """A decoder layer of the usual form and its parts."""
-
-    layer: PartClass
-    attention: PartClass
-    norm: PartClass
-    block: str  # the name of the part after the second norm
-
-
-def _name_classes(folder: str, name: str, block: str = "mlp") -> LayerClass:
-    layer, attention, norm = (
-        name_model_class(folder, name + part) for part in ("DecoderLayer", "Attention", "RMSNorm")
-    )
-    return LayerClass(layer, attention, norm, block)
-
-
-LAYERS = (
-    _name_classes("olmoe", "Olmoe"),
-    _name_classes("qwen3_moe", "Qwen3Moe"),
-    _name_classes("mixtral", "Mixtral"),
-    _name_classes("gpt_oss", "GptOss"),
-    _name_classes("granitemoe", "GraniteMoe", "block_sparse_moe"),
-    _name_classes("glm4_moe", "Glm4Moe"),
-    _name_classes("dots1", "Dots1"),
-    _name_classes("qwen3_vl_moe", "Qwen3VLMoeText"),
-    _name_classes("solar_open", "SolarOpen"),
-)
-
 # Arguments of a layer that change nothing here: hooks of transformers record what these ask for.
 _IGNORED = {"use_cache", "cache_position", "output_hidden_states", "output_router_logits", "num_items_in_batch"}
-
-
-def find_layer_class(layer: nn.Module) -> LayerClass | None:
-    return next((known for known in LAYERS if known.layer.matches(type(layer))), None)
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
@@ -90,12 +61,14 @@ def _run_layer(
     position_ids: Tensor | None = None,
     cache: Any = None,
     past_key_values: Any = None,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    position_embeddings: Any = None,
     **others: Any,
 ) -> Tensor | None:
     """The layer's output, or None if its own forward has to run."""
     cache = past_key_values if cache is None else cache
-    if position_embeddings is None or any(value for name, value in others.items() if name not in _IGNORED):
+    if any(value for name, value in others.items() if name not in _IGNORED):
+        return None
+    if position_embeddings is None and known.rotation.pairs != "none":
         return None
     if torch.compiler.is_compiling() or _has_any_global_hook() or in_autocast(hidden_states.device.type):
         return None
@@ -105,13 +78,17 @@ def _run_layer(
         attention: Any = get_part(layer, "self_attn", known.attention)
         first: Any = get_part(layer, "input_layernorm", known.norm)
         second: Any = get_part(layer, "post_attention_layernorm", known.norm)
-        q_proj, k_proj, v_proj, o_proj = (_read_linear(attention, f"{name}_proj") for name in "qkvo")
-        norms = [_read_norm(attention, name, known.norm) for name in ("q_norm", "k_norm")]
+        o_proj = _read_linear(attention, "o_proj")
+        if known.is_latent:
+            parts: Any = _read_latent_parts(attention, known.norm)
+        else:
+            parts = [_read_linear(attention, f"{name}_proj") for name in "qkv"]
+            norms = [_read_norm(attention, name, known.norm) for name in known.head_norms] or _NO_NORMS
     except Bypassed:
         return None
-    weight = q_proj[0]
+    weight = o_proj[0]
     if (isinstance(weight, Tensor) and weight.dtype is not hidden_states.dtype) or (
-        layer.training and attention.attention_dropout > 0
+        layer.training and (_has_dropout(attention) or _has_dropout(layer))
     ):
         return None
     mask = _read_mask(attention, attention_mask, position_ids, hidden_states, cache)
@@ -119,38 +96,42 @@ def _run_layer(
         return None
     keeping: GrowingLayer | None = None
     if cache is not None:
-        if needs_autograd(hidden_states, weight if isinstance(weight, Tensor) else None):
+        if needs_autograd(hidden_states) or (torch.is_grad_enabled() and needs_autograd(*layer.parameters())):
             return None
         if (keeping := adopt_layer(cache, attention.layer_idx)) is None:
             return None
 
     batch, count, _ = hidden_states.shape
-    cos, sin = position_embeddings
-    angles = min(cos.shape[-1], attention.head_dim) // (1 if _is_half(known) else 2)
-    (q_weight, eps), (k_weight, _) = norms
     sinks = getattr(attention, "sinks", None)
     scale = getattr(layer, "residual_multiplier", 1.0)
-    projections = q_proj, k_proj, v_proj, o_proj
-    if keeping is not None and scale == 1 and (operands := _find_operands(hidden_states, keeping, projections)):
+    if (
+        keeping is not None
+        and scale == 1
+        and known.is_plain
+        and (operands := _find_operands(hidden_states, keeping, (*parts, o_proj)))
+    ):
         keys, values = keeping.lengthen(count)
+        cos, sin = position_embeddings
+        (q_weight, eps), (k_weight, _) = norms
         y, residual = ops.attention_block_on_host(
             (hidden_states, first.weight, second.weight, *operands, q_weight, k_weight, cos, sin, mask.starts,
              None if sinks is None else sinks.float()),
-            (angles, keeping.length, attention.scaling, mask.window or 0, first.variance_epsilon, eps,
-             second.variance_epsilon),
+            (known.rotation.count(cos), keeping.length, attention.scaling, mask.window or 0, first.variance_epsilon,
+             eps, second.variance_epsilon),
             keys, values,
         )  # fmt: skip
         y, residual = y.view(hidden_states.shape), residual.view(hidden_states.shape)
     else:
-        shape = batch, count, -1, attention.head_dim
-        x = rms_norm(hidden_states, first.weight, first.variance_epsilon)
-        q, k, v = (linear(x, *proj).view(shape) for proj in (q_proj, k_proj, v_proj))
-        into = None if keeping is None else keeping.extend((k.transpose(1, 2), v.transpose(1, 2)), count)
-        q, keys, values = rotate_heads(
-            q, k, v, cos[..., :angles], sin[..., :angles], q_weight=q_weight, k_weight=k_weight, eps=eps, into=into
-        )
-        if keeping is not None:
-            keys, values = keeping.memory  # type: ignore[misc]
+        x = _normalize(first, hidden_states) if known.is_centred else rms_norm(hidden_states, *_read_rms(first))
+        if known.is_latent:
+            q, keys, values = _compute_latent_heads(attention, known, parts, x, position_embeddings, keeping)
+        else:
+            shape = batch, count, -1, attention.head_dim
+            q, k, v = (linear(x, *projection).view(shape) for projection in parts)
+            into = None if keeping is None else keeping.extend((k.transpose(1, 2), v.transpose(1, 2)), count)
+            q, keys, values = _turn_heads(q, k, v, known, position_embeddings, norms, into)
+            if keeping is not None:
+                keys, values = keeping.memory  # type: ignore[misc]
         attended = attend(
             q,
             keys,
@@ -162,13 +143,64 @@ def _run_layer(
             sinks=sinks,
         )
         out = linear(attended.flatten(2), *o_proj)
-        y, residual = rms_norm(
-            out if scale == 1 else out * scale, second.weight, second.variance_epsilon, residual=hidden_states
-        )
-    y = run_block(layer._modules[known.block], y)
-    mixed: Tensor = y[0] if isinstance(y, tuple) else y
+        if scale != 1:
+            out = out * scale
+        if known.is_centred:
+            residual = hidden_states + out
+            y = _normalize(second, residual)
+        else:
+            y, residual = rms_norm(out, *_read_rms(second), residual=hidden_states)
+    mixed = _run_blocks(layer, known, y)
     total: Tensor = residual + (mixed if scale == 1 else mixed * scale)
     return total
+
+
+_NO_NORMS = ((None, 1e-6), (None, 1e-6))
+
+
+def _turn_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    known: LayerClass,
+    angles: Any,
+    norms: Any = _NO_NORMS,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rotate_heads in the form of a layer."""
+    rotation = known.rotation
+    cos: Tensor | None
+    sin: Tensor | None
+    if rotation.pairs == "none":
+        cos = sin = None
+    else:
+        cos, sin = (angles.real, angles.imag) if isinstance(angles, Tensor) else angles
+        cos, sin = rotation.select(cos), rotation.select(sin)
+    if rotation.pairs == "split":
+        q, k = (torch.cat((t[..., ::2], t[..., 1::2]), -1) for t in (q, k))
+    is_interleaved = rotation.pairs == "interleaved"
+    (q_weight, eps), (k_weight, _) = norms
+    if known.turns_first:
+        q, keys, values = rotate_heads(q, k, v, cos, sin, interleaved=is_interleaved)
+        k, v, cos, sin = keys.transpose(1, 2), values.transpose(1, 2), None, None
+    return rotate_heads(
+        q, k, v, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps, interleaved=is_interleaved, into=into
+    )
+
+
+def _run_blocks(layer: Any, known: LayerClass, y: Tensor) -> Tensor:
+    """The sum of what the blocks return."""
+    total: Any = None
+    for name in known.blocks:
+        out = run_block(layer._modules[name], y)
+        if isinstance(out, tuple):
+            out = out[0]
+        total = out if total is None else total + out
+    return total  # type: ignore[no-any-return]
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    return any("dropout" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
 
 
 def _find_operands(x: Tensor, keeping: GrowingLayer, projections: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -187,9 +219,7 @@ def _find_operands(x: Tensor, keeping: GrowingLayer, projections: tuple[Any, ...
     return tuple(found)
 
 
-def _is_half(known: LayerClass) -> bool:
-    """Whether cos and sin have an element per angle; else each angle twice."""
-    return known.layer.name == "GptOssDecoderLayer"
+# ---- parts of a layer ------------------------------------------------------------------------------------------------
 
 
 def _read_linear(module: nn.Module, name: str) -> tuple[AnyWeight, Tensor | None]:
@@ -201,11 +231,74 @@ def _read_linear(module: nn.Module, name: str) -> tuple[AnyWeight, Tensor | None
     return part.weight, part.bias
 
 
-def _read_norm(module: nn.Module, name: str, known: PartClass) -> tuple[Tensor | None, float]:
-    if module._modules.get(name) is None:
-        return None, 1e-6
-    part: Any = get_part(module, name, known)
-    return part.weight, part.variance_epsilon
+def _read_norm(module: nn.Module, name: str, known: PartClass) -> tuple[Tensor, float]:
+    return _read_rms(get_part(module, name, known))
+
+
+def _read_rms(norm: Any) -> tuple[Tensor, float]:
+    return norm.weight, norm.variance_epsilon
+
+
+def _normalize(norm: Any, x: Tensor) -> Tensor:
+    """torch's LayerNorm, which computes each row by itself."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+# ---- latent attention ------------------------------------------------------------------------------------------------
+
+
+class LatentParts(NamedTuple):
+    """Queries have one projection, or two with a norm between; kv_a also gives the part of keys that turns."""
+
+    q: tuple[Any, ...]
+    q_norm: tuple[Tensor, float] | None
+    kv_a: tuple[Any, ...]
+    kv_norm: tuple[Tensor, float]
+    kv_b: tuple[Any, ...]
+
+
+def _read_latent_parts(attention: nn.Module, norm: PartClass) -> LatentParts:
+    names: tuple[str, ...]
+    if attention._modules.get("q_proj") is None:
+        names, q_norm = ("q_a_proj", "q_b_proj"), _read_norm(attention, "q_a_layernorm", norm)
+    else:
+        names, q_norm = ("q_proj",), None
+    return LatentParts(
+        q=tuple(_read_linear(attention, name) for name in names),
+        q_norm=q_norm,
+        kv_a=_read_linear(attention, "kv_a_proj_with_mqa"),
+        kv_norm=_read_norm(attention, "kv_a_layernorm", norm),
+        kv_b=_read_linear(attention, "kv_b_proj"),
+    )
+
+
+def _compute_latent_heads(
+    attention: Any, known: LayerClass, parts: LatentParts, x: Tensor, angles: Any, keeping: GrowingLayer | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values for `attend`. The cache has a token's vector and the part of its keys that turns, as
+    transformers', and beside them what they are expanded to."""
+    batch, count, _ = x.shape
+    still, turning, rank = attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.kv_lora_rank
+    q = linear(x, *parts.q[0])
+    if parts.q_norm is not None:
+        q = linear(rms_norm(q, *parts.q_norm), *parts.q[1])
+    q_still, q_turning = torch.split(q.view(batch, count, -1, still + turning), [still, turning], -1)
+    vector, k = torch.split(linear(x, *parts.kv_a), [rank, turning], -1)
+    vector = rms_norm(vector, *parts.kv_norm)[:, :, None]
+    k = k[:, :, None]
+    into = None
+    if keeping is not None:
+        into = keeping.extend((vector.transpose(1, 2), k.transpose(1, 2)), count)[::-1]
+    q_turned, k, vector = _turn_heads(q_turning, k, vector, known, angles, into=into)
+
+    def expand(vector: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all heads, of [B,1,L,rank] and [B,1,L,turning]."""
+        length = vector.shape[2]
+        heads = linear(vector[:, 0], *parts.kv_b).view(batch, length, q_still.shape[2], -1).transpose(1, 2)
+        return torch.cat((heads[..., :still], k.expand(-1, heads.shape[1], -1, -1)), -1), heads[..., still:]
+
+    keys, values = expand(vector, k) if keeping is None else keeping.expand(expand)
+    return torch.cat((q_still, q_turned), -1), keys, values
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -228,28 +321,24 @@ def _read_mask(
     global _last
     if attention.config._attn_implementation not in ("sdpa", "eager"):
         return None
-    window = _find_window(attention)
-    if mask is None:
-        is_eager = attention.config._attn_implementation == "eager"
-        return Mask(None, window) if not is_eager else None  # eager attention without a mask is not causal
+    if mask is None:  # sdpa's is causal without a window, eager attention sees all
+        return Mask(None, None) if attention.config._attn_implementation == "sdpa" else None
+    window = getattr(attention, "sliding_window", None)
     if type(mask) is not Tensor or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != hidden_states.shape[1]:
         return None
     key = window, mask.shape, None if mask.is_inference() else mask._version  # it may be written to
     kept, found = _last
     if kept() is not mask or found is None or found[0] != key:
-        found = key, _find_mask(mask, position_ids, window)
+        meaning = _find_mask(mask, position_ids, window)
+        if meaning is None and window is not None:  # layers without a window may have its length
+            meaning = _find_mask(mask, position_ids, None)
+        found = key, meaning
         _last = weakref.ref(mask), found
     return found[1]
 
 
-def _find_window(attention: Any) -> int | None:
-    window = getattr(attention, "sliding_window", None)
-    if window is None and not hasattr(attention, "sliding_window"):
-        window = getattr(attention.config, "sliding_window", None)
-    return window
-
-
 def _find_mask(mask: Tensor, position_ids: Tensor | None, window: int | None) -> Mask | None:
+    """Where sequences start, if the mask has this window."""
     batch, _, count, length = mask.shape
     if mask.dtype is torch.bool:
         sees = mask[:, 0]
@@ -282,30 +371,42 @@ def _find_mask(mask: Tensor, position_ids: Tensor | None, window: int | None) ->
 
 def run_whole_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[], None]]]:
     """Replaces the forward of each layer that is known, and of the norm after them: yields (name, module, undo)."""
-    tried: dict[Any, bool] = {}  # layers of a class may differ in plain values, as of a window
-    replaced: set[type] = set()
+    tried: dict[Any, LayerClass | None] = {}  # layers of a class may differ in plain values, as of a window
+    replaced: set[nn.Module] = set()
     for name, module in model.named_modules():
         known = find_layer_class(module)
         if known is None or not runs_own_forward(module):
             continue
         kind = type(module)
-        key = kind, _list_values(module), _list_values(module._modules["self_attn"])
+        key = known, _list_values(module), _list_values(module._modules["self_attn"])
         if key not in tried:
-            difference = _find_difference(module, known, _find_rotary(model, name))
-            tried[key] = difference is None
-            if difference is not None:
-                warn_once(f"{kind.__name__} is left alone, it does not compute what switchgear expects: {difference}")
-        if tried[key]:
-            replaced.add(kind)
-            yield name, module, replace_forward(module, _build_forward(known, kind.forward))
+            tried[key] = _try_layer(module, known, _find_rotary(model, name))
+        if (form := tried[key]) is not None:
+            replaced.add(module)
+            yield name, module, replace_forward(module, _build_forward(form, kind))
     for name, module in model.named_modules():
         norm: Any = module._modules.get("norm")
         layers: Any = module._modules.get("layers")
-        if norm is None or not isinstance(layers, nn.ModuleList) or not len(layers) or type(layers[0]) not in replaced:
+        if norm is None or not isinstance(layers, nn.ModuleList) or not runs_own_forward(norm):
             continue
-        known = find_layer_class(layers[0])
-        if known is not None and known.norm.matches(type(norm)) and runs_own_forward(norm):
+        if not replaced.isdisjoint(layers) and divides_by_root_mean_square(norm):
             yield f"{name}.norm".lstrip("."), norm, replace_forward(norm, _build_norm(type(norm).forward))
+
+
+def _try_layer(layer: Any, known: LayerClass, rotary: Any) -> LayerClass | None:
+    """The form of a layer that computes what its own forward does."""
+    form = find_form(layer, known, rotary, _run_layer)
+    difference = form if isinstance(form, str) else find_difference(layer, form, rotary, _run_layer)
+    if difference is None:
+        return form  # type: ignore[return-value]
+    warn_once(f"{type(layer).__name__} is left alone, it does not compute what switchgear expects: {difference}")
+    return None
+
+
+def _find_rotary(model: nn.Module, layer: str) -> Any:
+    """The module beside the list of layers that computes cos and sin."""
+    owner: Any = model.get_submodule(layer.rpartition(".")[0].rpartition(".")[0])
+    return getattr(owner, "rotary_emb", None)
 
 
 def _list_values(module: Any) -> frozenset[tuple[str, Any]]:
@@ -313,15 +414,23 @@ def _list_values(module: Any) -> frozenset[tuple[str, Any]]:
     return frozenset((k, v) for k, v in vars(module).items() if type(v) in plain and k not in ("layer_idx", "training"))
 
 
-def _build_forward(known: LayerClass, own: Callable[..., Any]) -> Callable[..., Any]:
+def _build_forward(known: LayerClass, kind: type[nn.Module]) -> Callable[..., Any]:
+    own: Any = kind.forward
+    # Where no __call__ of the class starts a checkpoint, its forward does, around the one that it wraps.
+    inner = getattr(own, "__wrapped__", own) if kind.__call__ is nn.Module.__call__ else None
+
+    def run(self: Any, own: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+        out = _run_layer(self, known, hidden_states, **kwargs)
+        return own(self, hidden_states, **kwargs) if out is None else out
+
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not args and type(self).forward is own:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                return type(self).forward(self, hidden_states, **kwargs)
-            out = _run_layer(self, known, hidden_states, **kwargs)
-            if out is not None:
-                return out
-        return type(self).forward(self, hidden_states, *args, **kwargs)
+        if args or type(self).forward is not own:
+            return type(self).forward(self, hidden_states, *args, **kwargs)
+        if inner is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None:
+                return own(self, hidden_states, **kwargs)
+            return self._gradient_checkpointing_func(partial(run, self, inner, **kwargs), hidden_states)
+        return run(self, own, hidden_states, **kwargs)
 
     return forward
 
@@ -339,53 +448,3 @@ def _build_norm(own: Callable[..., Any]) -> Callable[..., Any]:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-any-return]
 
     return forward
-
-
-# ---- the trial -------------------------------------------------------------------------------------------------------
-
-_TOKENS = 12
-
-
-def _find_rotary(model: nn.Module, layer: str) -> Any:
-    """The module beside the list of layers that computes cos and sin."""
-    owner: Any = model.get_submodule(layer.rpartition(".")[0].rpartition(".")[0])
-    return getattr(owner, "rotary_emb", None)
-
-
-@torch.no_grad()
-def _find_difference(layer: Any, known: LayerClass, rotary: Any) -> str | None:
-    """Runs both on the same random rows. Returns how they differ, or None."""
-    if rotary is None:
-        return "no rotary_emb beside the layers"
-    weight = layer.input_layernorm.weight
-    if weight.is_meta:
-        return None  # nothing to compare yet
-    dtype = getattr(layer.self_attn.q_proj.weight, "dtype", weight.dtype)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, _TOKENS, weight.shape[0], generator=generator).to(weight.device, dtype)
-    position_ids = torch.arange(_TOKENS, device=x.device)[None]
-    position = position_ids[0]
-    sees = position <= position[:, None]
-    if (window := _find_window(layer.self_attn)) is not None:
-        sees = sees & (position > position[:, None] - window)
-    mask: Any = sees[None, None].expand(2, 1, -1, -1)
-    if layer.self_attn.config._attn_implementation == "eager":
-        mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
-    try:
-        with set_eval(layer):
-            angles = rotary(x, position_ids)
-            arguments = {"position_embeddings": angles, "attention_mask": mask, "position_ids": position_ids}
-            want = type(layer).forward(layer, x, **arguments)
-            got = _run_layer(layer, known, x, **arguments)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    if got is None:
-        return "a part has hooks, adapters or another class"
-    want, got = (y[0] if isinstance(y, tuple) else y for y in (want, got))
-    if not bool(want.isfinite().all()):
-        return None  # weights that are not finite compare with nothing
-    # Both round at a dozen places in the layer's dtype; a layer with another meaning differs by the size of its terms.
-    added, expected = (y.float() - x.float() for y in (got, want))
-    bound = 32 * torch.finfo(x.dtype).eps * (x.float().abs().max() + expected.abs().max())
-    difference = (added - expected).abs().max()
-    return None if difference <= bound else f"difference {difference:.1e} of {expected.abs().max():.1e}"

@@ -169,7 +169,7 @@ def accelerate(
             forward and backward: a row then has the same bits in any batch. Results may differ from torch's in the
             last bits. Modules, names, parameters and hooks stay. Under torch.compile, autocast and torch.func, and on
             other devices, torch's products run.
-        whole_layers: also run decoder layers of known families (`decoding.LAYERS`) in a handful of kernel calls,
+        whole_layers: also run decoder layers of known forms (`layer_classes.py`) in a handful of kernel calls,
             attention over a cache that is written in place included, and all `linears`. `generate` needs no argument
             for it. No bit of a token depends on its batch, its padding, how the prompt is cut or the number of threads,
             nor on whether gradients are needed. A layer with hooks, adapters, another mask or cache runs the model's

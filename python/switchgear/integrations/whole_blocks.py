@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from switchgear import ops
 from switchgear.backends import in_autocast
@@ -33,6 +35,7 @@ from switchgear.integrations.forwards import (
     runs_own_forward,
 )
 from switchgear.integrations.gates import find_gate
+from switchgear.integrations.linears import multiply
 from switchgear.integrations.modules import NAME, weights_in
 
 _has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
@@ -89,6 +92,10 @@ BLOCKS = (
             ("glm4_moe", "Glm4Moe"),
             ("dots1", "Dots1"),
             ("solar_open", "SolarOpen"),
+            ("deepseek_v3", "DeepseekV3"),
+            ("glm4_moe_lite", "Glm4MoeLite"),
+            ("axk1", "AXK1"),
+            ("glm4v_moe", "Glm4vMoeText"),
         )
     ),
 )
@@ -115,14 +122,15 @@ def run_as_whole(block: nn.Module) -> Callable[[], None] | None:
 
 
 def run_block(block: Any, hidden_states: Tensor) -> Any:
-    """A block's output, as a whole if it can, with gradients too."""
+    """A block's output, as a whole if it can, with gradients too; else by its own code."""
     forward = vars(block).get("forward")
     is_own = forward is None or hasattr(getattr(forward, "__func__", None), "runs_whole")
     if is_own and not has_hooks(block) and (known := find_block_class(block)) is not None:
         y = _run_whole(block, known, hidden_states, with_gradients=True)
         if y is not None:
             return y
-    return block(hidden_states)
+    with RowFunctions():
+        return block(hidden_states)
 
 
 def _run_whole(block: Any, known: BlockClass, hidden_states: Tensor, with_gradients: bool) -> Tensor | None:
@@ -156,3 +164,42 @@ def _run_whole(block: Any, known: BlockClass, hidden_states: Tensor, with_gradie
         topk_weights = topk_weights.to(x.dtype)
     y = run_fused(x, chosen.topk_ids, topk_weights, weights, gate).view(hidden_states.shape)
     return y if known.shared is None else y + block._modules[known.shared](hidden_states)
+
+
+# ---- blocks that run their own code ----------------------------------------------------------------------------------
+
+# torch computes the last numbers of a tensor, and of each thread's share, by other instructions than the rest.
+_FUNCTIONS = {
+    getattr(place, name)
+    for name in ("sigmoid", "silu", "gelu", "tanh", "exp", "softplus", "elu", "selu", "mish")
+    for place in (torch, Tensor, F)
+    if hasattr(place, name)
+}
+_WHOLE = 64  # numbers: what two vectors of any instruction set divide
+_SHARE = 32_768 - _WHOLE  # fewer than torch gives to a second thread
+
+
+class RowFunctions(TorchFunctionMode):
+    """Inside, the products and functions of a row have the same bits in any batch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            out = _multiply(*args, **kwargs)
+            if out is not None:
+                return out
+        elif func in _FUNCTIONS and args and (args[0].numel() % _WHOLE or args[0].numel() > _SHARE):
+            return _apply_in_shares(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    return multiply(input, weight, bias)
+
+
+def _apply_in_shares(func: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if kwargs.pop("inplace", False) or x.numel() == 0:
+        return x.copy_(_apply_in_shares(func, x, *args, **kwargs)) if x.numel() else x
+    flat = F.pad(x.reshape(-1), (0, -x.numel() % _WHOLE))
+    shares = [func(share, *args, **kwargs) for share in torch.split(flat, _SHARE)]
+    return torch.cat(shares)[: x.numel()].view(x.shape)

@@ -110,6 +110,7 @@ def _rotate_heads(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
+    interleaved: bool,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if into is None:
@@ -119,13 +120,13 @@ def _rotate_heads(
     inputs = (rows(q), rows(k), rows(v), rows(cos), rows(sin), dense(q_weight), dense(k_weight))
     rotated, keys, values = outputs
     passed = rotated, keys.transpose(1, 2), values.transpose(1, 2)
-    kernels.module.rotate_heads(inputs, (eps,), passed, kernels.execution())
+    kernels.module.rotate_heads(inputs, (eps, interleaved), passed, kernels.execution())
     return outputs
 
 
 rotate_heads: Callable[..., tuple[Tensor, Tensor, Tensor]] = register(
     "rotate_heads(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? q_weight, Tensor? k_weight, "
-    "float eps) -> (Tensor q_out, Tensor keys, Tensor values)",
+    "float eps, bool interleaved) -> (Tensor q_out, Tensor keys, Tensor values)",
     _allocate_heads,
     run=_rotate_heads,
     specified_in=attention,

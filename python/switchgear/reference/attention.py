@@ -93,9 +93,11 @@ def rotate_heads(
     q_weight: Weights | None,
     k_weight: Weights | None,
     eps: Positive,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B,T,N,D], keys [B,J,T,D] and values [B,J,T,V]: heads of q and k normalised by a weight, [D] for each head or
-    [N·D] for all of a token's, and rotated by angles of [B,T,R] or [1,T,R]: elements i and i + R for i < R."""
+    [N·D] for all of a token's, and rotated by angles of [B,T,R] or [1,T,R]: elements i and i + R for i < R, or 2·i and
+    2·i + 1 if interleaved."""
     rotated = []
     for name, heads, weight in (("q_weight", q, q_weight), ("k_weight", k, k_weight)):
         x = wide(heads)
@@ -104,12 +106,12 @@ def rotate_heads(
             if weight.shape[0] not in (depth, whole):
                 raise ValueError(f"{name}: expected {depth} or {whole} elements, got {weight.shape[0]}")
             x = _normalize(x if weight.shape[0] == depth else x.flatten(2), weight, eps).view(heads.shape)
-        rotated.append(_rotate(x, cos, sin).to(heads.dtype))
+        rotated.append(_rotate(x, cos, sin, interleaved).to(heads.dtype))
     keys, values = (t.transpose(1, 2).contiguous() for t in (rotated[1], v))
     return rotated[0].contiguous(), keys, values
 
 
-def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Tensor:
     if (cos is None) != (sin is None):
         raise ValueError("sin: expected it with cos, and not alone")
     if cos is None or sin is None:
@@ -119,5 +121,7 @@ def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
             f"cos: expected 1 or {x.shape[0]} sequences, at most {x.shape[3] // 2} angles, got {list(cos.shape)}"
         )
     cos, sin, count = cos.to(x.dtype)[:, :, None], sin.to(x.dtype)[:, :, None], cos.shape[2]
-    first, second, rest = torch.split(x, [count, count, x.shape[3] - 2 * count], -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+    pairs, rest = torch.split(x, [2 * count, x.shape[3] - 2 * count], -1)
+    first, second = (pairs[..., ::2], pairs[..., 1::2]) if interleaved else pairs.chunk(2, -1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.cat((torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1), rest), -1)
