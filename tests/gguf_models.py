@@ -29,6 +29,10 @@ OWN = {
     "deepseek2": {**LATENT, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "topk_group": 1},
     "deepseek2:softmax": {**LATENT, "routed_scaling_factor": 1.5},
     "glm4moe": {**DENSE, "head_dim": 64, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 1.5},
+    "minimax-m2": {
+        "num_local_experts": 4, "head_dim": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
     "llama4": {
         "num_hidden_layers": 4, "num_local_experts": 4, "head_dim": 32, "interleave_moe_layer_step": 2,
         "intermediate_size_mlp": 512, "num_experts_per_tok": 1,

@@ -189,8 +189,9 @@ def test_generation_has_the_log_probs_of_a_trainer(model_type: str) -> None:
 
 
 @torch.no_grad()
-def test_stored_linears(calls: list[Any]) -> None:
-    model = make("olmoe")
+@pytest.mark.parametrize("model_type", ["olmoe", "deepseek_v3"])
+def test_stored_linears(model_type: str, calls: list[Any]) -> None:
+    model = make(model_type)
     switchgear.accelerate(model)
     switchgear.store(model, "fp8", linears="fp8")
     want = model(IDS).logits
@@ -336,6 +337,11 @@ def test_a_layer_that_computes_something_else_is_left_alone(monkeypatch: pytest.
         accelerate(model, whole_layers=True)
         torch.testing.assert_close(model(IDS).logits, want, rtol=1e-3, atol=1e-4)
     model = make("olmoe")
+    model.config.clip_qkv = 30.0  # more than random inputs reach
+    with pytest.warns(UserWarning, match="left alone"):
+        replaced = accelerate(model, whole_layers=True)
+    assert all(r.path != "whole layer" for r in replaced)
+    model = make("qwen3_moe")
     monkeypatch.setattr(decoding, "rms_norm", lambda x, *args, **kwargs: (2 * x, x) if "residual" in kwargs else x)
     with pytest.warns(UserWarning, match="left alone"):
         replaced = accelerate(model, whole_layers=True)

@@ -384,16 +384,16 @@ void rms_norm(const RmsNormArgs& args, Execution exec = {});
 // a single head, one of N·D or J·D for all of a token's. Then the elements i and i + R, or 2·i and 2·i + 1, turn by angle i < R; those
 // from 2·R on stay. v is copied. Outputs may be views of the cache.
 struct RotateHeadsArgs {
-  TensorView q;         // [B,T,N,D] float
-  TensorView k;         // [B,T,J,D] float
-  TensorView v;         // [B,T,J,V] float
-  TensorView cos, sin;  // [B,T,R], or [1,T,R] for all sequences, float32, or dtype of q; optional: no turn
-  TensorView q_weight;  // [D] or [N·D] float32, or dtype of q; optional: no norm
-  TensorView k_weight;  // [D] or [J·D]
-  float eps = 1e-6f;    // > 0
-  TensorView q_out;     // out [B,T,N,D]
-  TensorView k_out;     // out [B,T,J,D]
-  TensorView v_out;     // out [B,T,J,V]
+  TensorView q;              // [B,T,N,D] float
+  TensorView k;              // [B,T,J,D] float
+  TensorView v;              // [B,T,J,V] float
+  TensorView cos, sin;       // [B,T,R], or [1,T,R] for all sequences, float32, or dtype of q; optional: no turn
+  TensorView q_weight;       // [D] or [N·D] float32, or dtype of q; optional: no norm
+  TensorView k_weight;       // [D] or [J·D]
+  float eps = 1e-6f;         // > 0
+  TensorView q_out;          // out [B,T,N,D]
+  TensorView k_out;          // out [B,T,J,D]
+  TensorView v_out;          // out [B,T,J,V]
   bool interleaved = false;  // pairs are 2·i and 2·i + 1
 };
 void rotate_heads(const RotateHeadsArgs& args, Execution exec = {});

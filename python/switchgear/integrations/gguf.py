@@ -103,12 +103,14 @@ def load_gguf(path: AnyPath, *, dtype: torch.dtype = torch.float32) -> PreTraine
 
 
 class FileExperts(NamedTuple):
-    """Experts of a file. read: returns both projections, as weights in blocks or with the parameters' shapes."""
+    """Experts of a file. read: returns both projections, as weights in blocks or with the parameters' shapes. release:
+    frees the pages of the file that were read."""
 
     path: str  # in the model
     module: nn.Module
     layout: Layout
     read: Callable[[], Sequence[Any]]
+    release: Callable[[], None]
 
 
 def load_without_experts(path: AnyPath, dtype: torch.dtype) -> tuple[PreTrainedModel, list[FileExperts]]:
@@ -165,8 +167,7 @@ class _Loading:
         for path, module in modules.items():
             is_expert = layout_of(module) is not None or (name_module(path, self._known) or "").endswith("exps")
             if is_expert and (layout := find_layout(module, self._known)) is not None:
-                read = self._find_experts(name_module(path, self._known) or path, module, layout)
-                experts.append(FileExperts(path, module, layout, read))
+                experts.append(self._find_experts(path, module, layout))
                 continue
             for own, parameter in list(module.named_parameters(recurse=False)):
                 name = name_parameter(path, own, self._known) or f"{path}.{own}"
@@ -239,14 +240,20 @@ class _Loading:
     def _weigh(self, tensor: GgufTensor, data: Tensor) -> Weight:
         return gguf_weight(tensor.type, data, tensor.shape[-1], self._dtype)
 
-    def _find_experts(self, name: str, module: nn.Module, layout: Layout) -> Callable[[], Sequence[Any]]:
+    def _find_experts(self, path: str, module: nn.Module, layout: Layout) -> FileExperts:
+        name = name_module(path, self._known) or path
         parameters = [module.get_parameter(own) for own in layout.names]
         experts, rows, columns = layout.view(parameters[0]).shape
         names, half = name_experts(name), (experts, rows // 2, columns)
         gates, ups, down = map(self._take, names, (half, half, layout.view(parameters[1]).shape))
         self._load_biases(name, module, layout, (half[:2], half[:2], tuple(down.shape[:2])))
         shapes = [parameter.shape for parameter in parameters]
-        return partial(self._read_experts, layout, shapes, gates, ups, down)
+        read = partial(self._read_experts, layout, shapes, gates, ups, down)
+        return FileExperts(path, module, layout, read, partial(self._release, gates, ups, down))
+
+    def _release(self, *tensors: GgufTensor) -> None:
+        for tensor in tensors:
+            self._file.release(tensor.data)
 
     def _read_experts(
         self, layout: Layout, shapes: Sequence[torch.Size], gates: GgufTensor, ups: GgufTensor, down: GgufTensor
@@ -256,8 +263,7 @@ class _Loading:
             pairs = gates.data, ups.data
             data = _side_by_side(*pairs) if layout.split_gates else _join(*pairs, layout)[:, None]
             if data.data_ptr() != gates.data.data_ptr():
-                for copied in pairs:
-                    self._file.release(copied)
+                self._release(gates, ups)
             return self._weigh(gates, data), self._weigh(down, down.data[:, None])
         found = [torch.empty(shape, dtype=self._dtype) for shape in shapes]
         for plain, tensors in zip(found, ((gates, ups), (down,)), strict=True):

@@ -92,7 +92,7 @@ def _join(adapters: Sequence[_Adapter]) -> _Adapter:
     scales = {adapter.scale for adapter in adapters}
     if len(scales) > 1:
         adapters = [_Adapter(a, b * scale, 1.0) for a, b, scale in adapters]
-    a, b = (torch.cat([adapter[i] for adapter in adapters], -2 + i) for i in range(2))
+    a, b = torch.cat([adapter.a for adapter in adapters], -2), torch.cat([adapter.b for adapter in adapters], -1)
     return _Adapter(a, b, adapters[0].scale)
 
 

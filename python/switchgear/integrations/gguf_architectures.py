@@ -53,8 +53,7 @@ class Architecture(NamedTuple):
 def _split_latent(weight: Tensor, config: Any) -> Sequence[Tensor]:
     """kv_b_proj [heads·(k+v),C] as k_b [heads,C,k] and v_b [heads,v,C]."""
     heads = weight.view(config.num_attention_heads, -1, weight.shape[-1])
-    k, v = heads.split((config.qk_nope_head_dim, config.v_head_dim), 1)
-    return k.mT, v
+    return heads[:, : config.qk_nope_head_dim].mT, heads[:, config.qk_nope_head_dim :]
 
 
 def _join_latent(parts: Sequence[Tensor], config: Any) -> Tensor:
@@ -93,21 +92,29 @@ def _write_latent(config: Any, like: GgufFile | None) -> dict[str, Any]:
     return keys | ({"rope.scaling.yarn_log_multiplier": 0.1 * scale} if scale else {})
 
 
-def _read_glm(file: GgufFile, prefix: str, fields: dict[str, Any]) -> None:
-    key = f"{prefix}nextn_predict_layers"
-    extra = read_key(file, key, int, 0) if key in file.metadata else 0
-    fields["num_hidden_layers"] -= extra  # layers that predict further tokens follow the model's own
-    if fields["num_hidden_layers"] < 1:
-        raise build_error(file, f"key {key!r}", f"fewer than {prefix}block_count", extra)
+def _read_rotation(file: GgufFile, prefix: str, fields: dict[str, Any]) -> None:
     key = f"{prefix}rope.dimension_count"
     if (rotated := read_key(file, key, int)) > fields["head_dim"]:
         raise build_error(file, f"key {key!r}", f"at most {prefix}attention.key_length, {fields['head_dim']}", rotated)
     fields["rope_parameters"]["partial_rotary_factor"] = rotated / fields["head_dim"]
 
 
+def _write_rotation(config: Any, like: GgufFile | None) -> dict[str, Any]:
+    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    return {"rope.dimension_count": round(config.head_dim * factor)}
+
+
+def _read_glm(file: GgufFile, prefix: str, fields: dict[str, Any]) -> None:
+    key = f"{prefix}nextn_predict_layers"
+    extra = read_key(file, key, int, 0) if key in file.metadata else 0
+    fields["num_hidden_layers"] -= extra  # layers that predict further tokens follow the model's own
+    if fields["num_hidden_layers"] < 1:
+        raise build_error(file, f"key {key!r}", f"fewer than {prefix}block_count", extra)
+    _read_rotation(file, prefix, fields)
+
+
 def _write_glm(config: Any, like: GgufFile | None) -> dict[str, Any]:
-    rotated = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-    return {"rope.dimension_count": rotated, "nextn_predict_layers": 0}
+    return _write_rotation(config, like) | {"nextn_predict_layers": 0}
 
 
 def _read_llama4(file: GgufFile, prefix: str, fields: dict[str, Any]) -> None:
@@ -131,7 +138,7 @@ def find_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
     turns = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** exponents)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns >= low).double()
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+    return torch.reciprocal((1 - smooth) / factor + smooth).float()
 
 
 def _write_llama4(config: Any, like: GgufFile | None) -> dict[str, Any]:
@@ -259,6 +266,13 @@ ARCHITECTURES = {
         read=_read_glm,
         write=_write_glm,
     ),
+    "minimax-m2": Architecture(
+        "minimax_m2",
+        _LOCAL | {"expert_feed_forward_length": "intermediate_size", "attention.key_length": "head_dim"},
+        constants={"expert_gating_func": (_SIGMOID,)},
+        read=_read_rotation,
+        write=_write_rotation,
+    ),
     "llama4": Architecture(
         "llama4_text",
         _LOCAL
@@ -345,6 +359,7 @@ _MODULES = {
 OWN = {  # parameters and buffers whose tensors are not named as their module
     "self_attn.sinks": "attn_sinks.weight",
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.e_score_correction_bias": "exp_probs_b.bias",
 }
 FACTORS = "rope_freqs.weight"
 EMBEDDING, HEAD, VECTOR = "token_embd.weight", "output.weight", "ffn_gate_inp_shexp.weight"

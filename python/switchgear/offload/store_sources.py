@@ -191,28 +191,29 @@ def _in_form(
     return found if form in (None, own) else encoded(name, found.plain(), layout.parts(index), form)
 
 
-def _digest_read(read: Callable[[], Sequence[Any]]) -> str:
-    return _digest(read())
-
-
 def of_gguf(path: Path, form: Form | None, dtype: torch.dtype | None) -> Source:
     """The experts of a GGUF file, which stay there until their layer is written. form: None keeps the blocks."""
-    from switchgear.integrations.gguf import load_without_experts  # imports transformers
+    from switchgear.integrations.gguf import FileExperts, load_without_experts  # imports transformers
 
     model, experts = load_without_experts(path, dtype or torch.float32)
 
-    def read_both(name: str, layout: Layout, read: Callable[[], Sequence[Any]]) -> tuple[Weight, Weight]:
+    def read_both(own: FileExperts) -> tuple[Weight, Weight]:
         made = []
-        for index, (projection, found) in enumerate(zip(layout.names, read(), strict=True)):
-            own = FORMS[found.format]() if isinstance(found, Weight) else None
-            made.append(_in_form(f"{name}.{projection}", found, own, layout, index, form))
+        for index, (projection, found) in enumerate(zip(own.layout.names, own.read(), strict=True)):
+            kept = FORMS[found.format]() if isinstance(found, Weight) else None
+            made.append(_in_form(f"{own.path}.{projection}", found, kept, own.layout, index, form))
         return made[0], made[1]
 
+    def sum_up(number: int) -> str:
+        if number:
+            experts[number - 1].release()  # has been written
+        return _digest(experts[number].read())
+
     layers = []
-    for name, module, layout, read in experts:
-        if layout_of(module) is None:
-            raise ValueError(f"source: expected experts on the fused kernel, got {type(module).__name__} in {path}")
-        shapes = [layout.view(module.get_parameter(own)).shape for own in layout.names]
+    for number, own in enumerate(experts):
+        if layout_of(own.module) is None:
+            raise ValueError(f"source: expected experts on the fused kernel, got {type(own.module).__name__} in {path}")
+        shapes = [own.layout.view(own.module.get_parameter(name)).shape for name in own.layout.names]
         sizes = (*shapes[0], *shapes[1][1:])
-        layers.append(Layer(name, sizes, partial(read_both, name, layout, read), partial(_digest_read, read)))
+        layers.append(Layer(own.path, sizes, partial(read_both, own), partial(sum_up, number)))
     return Source(layers, lambda: None, model.dtype)
