@@ -735,6 +735,7 @@ void attention_block(const AttentionBlockArgs& args, Execution exec) {
   SWITCHGEAR_CHECK(ValueError, args.length >= T.size && args.length <= C.size, "length: expected T=", T.size,
                    " to C=", C.size, ", got ", args.length);
   const int64_t num_rows = B.size * T.size, heads = rows_of(args.q_proj) / D.size;
+  SWITCHGEAR_CHECK(ValueError, heads >= 1, "q_proj: expected at least D=", D.size, " rows, got ", rows_of(args.q_proj));
   const int64_t q_width = heads * D.size, k_width = J.size * D.size, v_width = J.size * V.size,
                 out_width = heads * V.size;
   const DType dtype = args.x.dtype;
@@ -783,8 +784,9 @@ void attention_block(const AttentionBlockArgs& args, Execution exec) {
           .out = heads_of(attended, heads)},
          exec);
   multiply(args.o_proj, attended, mixed, exec);
-  rms_norm({.x = mixed, .residual = x, .weight = args.output_norm, .eps = args.output_eps, .y = args.y, .sum = args.sum},
-           exec);
+  rms_norm(
+      {.x = mixed, .residual = x, .weight = args.output_norm, .eps = args.output_eps, .y = args.y, .sum = args.sum},
+      exec);
 }
 
 }  // namespace switchgear

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from errors import raises
+from switchgear import _C
 from switchgear.functional import attend, rms_norm, rotate_heads
 from switchgear.reference import attention
 from switchgear.testing import EVALUATION, U32, Bounded, C, assert_close
@@ -272,3 +273,26 @@ def test_errors_of_norms_and_heads(backend: str) -> None:
         rotate_heads(*heads, k_weight=torch.ones(9))
     with raises(ValueError, "into"):
         rotate_heads(heads[0].requires_grad_(), *heads[1:], into=(torch.ones(1, 2, 2, 8), torch.ones(1, 2, 2, 8)))
+
+
+@pytest.mark.parametrize("case", ["q_proj", "k_proj", "o_proj", "length", "angles", "cos", "y"])
+def test_attention_block_checks_what_its_ops_get(case: str) -> None:
+    batch, count, hidden, heads, depth = 2, 3, 16, 2, 8
+    norm, square = torch.ones(hidden), torch.randn(hidden, hidden)
+    given: dict[str, Any] = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), square)
+    given |= {"cos": torch.ones(1, count, depth // 2), "length": count, "angles": depth // 2}
+    given["y"] = torch.empty(batch * count, hidden)
+    small = {"q_proj": torch.randn(depth - 1, hidden), "cos": torch.ones(count), "y": torch.empty(1, hidden)}
+    wrong = {"k_proj": square[:-1], "o_proj": square[:, :-1], "length": count + 99, "angles": -1, **small}
+
+    def run(given: dict[str, Any]) -> None:
+        projections = [item for name in ("q_proj", "k_proj", "v_proj", "o_proj") for item in (given[name], (), None)]
+        inputs = torch.randn(batch, count, hidden), norm, norm, *projections, None, None, given["cos"], given["cos"]
+        options = given["angles"], given["length"], 1.0, 0, 1e-6, 1e-6, 1e-6
+        cache = torch.zeros(batch, heads, 8, depth), torch.zeros(batch, heads, 8, depth)
+        outputs = *cache, given["y"], torch.empty(batch * count, hidden)
+        _C.attention_block((*inputs, None, None), options, outputs, 0)
+
+    run(given)
+    with pytest.raises((ValueError, TypeError)):
+        run(given | {case: wrong[case]})
