@@ -253,7 +253,7 @@ def measure(model: Model | Path, name: str, count: int, turns: int, thread_count
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shapes(parser, MODELS)
-    parser.add_argument("--gguf", type=Path, metavar="FILE", help="a GGUF file instead, beside llama.cpp on it")
+    parser.add_argument("--gguf", type=Path, nargs="+", metavar="FILE", help="GGUF files instead, beside llama.cpp")
     add_competitors_folder(parser)
     add_quick(parser, "a small model and few tokens")
     add_threads(parser)
@@ -269,7 +269,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         count, turns = (QUICK_TOKENS, QUICK_TURNS) if args.quick else (TOKENS, TURNS)
         names = choose("shapes", args.shapes or ("tiny" if args.quick else ",".join(MODELS)), MODELS)
-        models = {args.gguf.name: args.gguf} if args.gguf else {name: MODELS[name] for name in names}
+        files = {path.name: path for path in args.gguf or ()}
+        models = files or {name: MODELS[name] for name in names}
         cases = [measure(model, name, count, turns, args.threads) for name, model in models.items()]
         results = {"schema": SCHEMA, "machine": about, "cases": cases}
     console().print(markdown(results))
@@ -290,7 +291,7 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append([case["model"], row["implementation"], *speeds, f"{rates['decode'] / base['decode']:.2f}",
                           error, f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
     works = [f"{work}, tokens/s" for work in results["cases"][0]["results"][0]["tokens_per_second"]]
-    header = ["model", "implementation", *works, "decode / the first", "logits differ by", "same tokens"]
+    header = ["model", "implementation", *works, "decode / first row", "logits differ by", "same tokens"]
     about = results["machine"]
     note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}.\n"
     return f"{markdown_table(header, lines, left=(0, 1))}\n{note}"
