@@ -701,9 +701,9 @@ void multiply(const Linear& linear, const TensorView& x, const TensorView& out, 
   if (linear.weight.data.ndim == 2) {
     return gate({.x = x, .weight = linear.weight.data, .bias = linear.bias, .router_logits = out}, exec);
   }
-  const int64_t num_rows = x.shape[0];
-  SWITCHGEAR_CHECK(ValueError, num_rows <= kMostIndices, "x: expected less than 2^31 rows, got ", num_rows);
-  std::array offsets{0, static_cast<int32_t>(num_rows)};
+  const int64_t end = x.shape[0];
+  SWITCHGEAR_CHECK(ValueError, end <= kMostIndices, "x: expected less than 2^31 rows, got ", end);
+  std::array offsets{0, static_cast<int32_t>(end)};
   GroupedGemmArgs args{.x = x, .weight = linear.weight, .bias = linear.bias, .out = out};
   args.expert_offsets = view(offsets.data(), DType::kInt32, 2);
   if (args.bias.defined()) args.bias = view(args.bias.data, args.bias.dtype, 1, args.bias.shape[0]);
