@@ -167,6 +167,21 @@ def test_a_token_has_the_same_bits_everywhere(
     assert torch.equal(trained, whole)
 
 
+@torch.no_grad()
+def test_weights_may_have_transposed_storage(calls: list[Any]) -> None:
+    model = make("olmoe")
+    accelerated(model, calls)
+    want = model.generate(IDS[:1], max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    for layer in layers_of(model):
+        for name in ("q_proj", "o_proj"):
+            linear = getattr(layer.self_attn, name)
+            linear.weight = nn.Parameter(linear.weight.mT.contiguous().mT)
+    calls.clear()
+    got = model.generate(IDS[:1], max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert calls
+    assert all(map(torch.equal, got.logits, want.logits))
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_generation_has_the_log_probs_of_a_trainer(model_type: str) -> None:
     model = make(model_type, torch.bfloat16)

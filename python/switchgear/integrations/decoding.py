@@ -210,7 +210,7 @@ def _find_operands(x: Tensor, keeping: GrowingLayer, projections: tuple[Any, ...
         return None
     found: list[Any] = []
     for weight, bias in projections:
-        if type(weight) is nn.Parameter:
+        if type(weight) is nn.Parameter and weight.stride(-1) == 1:
             found += (weight, (), bias)
         elif type(weight) is Weight and (operand := weight.direct_operand()) is not None:
             found += (operand.tensors, operand.form, bias)

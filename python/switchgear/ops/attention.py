@@ -144,7 +144,11 @@ def attention_block_on_host(
     """The attention of a decoder layer, from the norm before it to that after it: (the latter's rows [B·T,H], their sum
     with x). It is the ops above with their bits, for tensors that need no dispatch. inputs and options are those of
     AttentionBlockArgs in ops.h; keys and values are the cache's memory, which the new tokens are written to."""
-    x = inputs[0]
+    x, input_norm, output_norm, *projections, q_norm, k_norm, cos, sin, starts, sinks = inputs
+    inputs = (
+        x, dense(input_norm), dense(output_norm), *projections, dense(q_norm), dense(k_norm), rows(cos), rows(sin),
+        starts, sinks,
+    )  # fmt: skip
     y = x.new_empty(x.shape[0] * x.shape[1], x.shape[2])
     total = torch.empty_like(y)
     host.module.attention_block(inputs, options, (keys, values, y, total), host.execution())
