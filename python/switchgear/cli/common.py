@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -211,6 +212,16 @@ positive = at_least(1)
 above_zero = _number(Positive, "a number above 0")
 not_negative = _number(NotNegative, "a number of at least 0")
 seed = _number(Seed, "an integer of 64 bits")
+UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", "K", "M", "G", "T"))}
+
+
+def size(text: str) -> int:
+    """Bytes: 8G, 512M, 1.5G; units are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    number = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a size like 8G or 512M, got {text!r}")
+    return number
 
 
 def settings(texts: Iterable[str], what: str, taken: Collection[str] = ()) -> dict[str, Any]:
