@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,8 @@ openai = pytest.importorskip("openai", reason="openai, which transformers serve 
 for package in ("fastapi", "uvicorn"):
     pytest.importorskip(package, reason=f"{package}, which transformers serve needs, is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+
+import gguf_models  # noqa: E402
 
 WORDS = 61
 PROMPTS = [" ".join(f"w{(7 * i + j * (i + 3)) % WORDS}" for j in range(3 + 2 * i)) for i in range(8)]
@@ -90,11 +90,12 @@ def stream(client: openai.OpenAI, prompt: str, tokens: int = 12) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
-def generated(folder: Path, prompt: str, tokens: int = 12) -> str:
+def generated(folder: Path, prompt: str, model: Any = None, tokens: int = 12) -> str:
     """What `generate` answers, without a server."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    if model is None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        switchgear.accelerate(model, whole_layers=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    switchgear.accelerate(model, whole_layers=True)
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     text: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])
@@ -109,3 +110,93 @@ def test_clients_at_once_get_the_tokens_of_a_lone_request(started: Start, folder
         for call in (ask, stream):
             answers = pool.map(lambda prompt: call(client, prompt), PROMPTS * 3)  # noqa: B023
             assert [answer.split() for answer in answers] == [text.split() for text in alone * 3]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--form", "int4", "--set", "group_size=32", "--linears", "int8"],
+        ["--dtype", "bfloat16", "--store", "STORE", "--memory", "64K"],
+        ["--adapter", "ADAPTER"],
+    ],
+    ids=["stored", "offloaded", "adapted"],
+)
+def test_a_model_is_loaded_as_told(options: list[str], started: Start, folder: Path, tmp_path: Path) -> None:
+    """In a stored form, with its experts on disk, with adapters: the tokens of the same calls in Python."""
+    dtype = torch.bfloat16 if "--dtype" in options else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    switchgear.accelerate(model)
+    if "--form" in options:
+        switchgear.store(model, "int4", linears="int8", group_size=32)
+    if "--store" in options:
+        switchgear.offload.write_store(model, tmp_path / "STORE", "int8")
+        switchgear.store(model, "int8")
+    if "--adapter" in options:
+        for parameter in switchgear.adapters.add_lora(model, rank=2, alpha=8):
+            torch.nn.init.normal_(parameter)
+        switchgear.adapters.save_peft(model, tmp_path / "ADAPTER")
+    switchgear.accelerate(model, whole_layers=True)
+    client = started(*(str(tmp_path / each) if each in ("STORE", "ADAPTER") else each for each in options))
+    assert [ask(client, prompt) for prompt in PROMPTS[:3]] == [
+        generated(folder, prompt, model) for prompt in PROMPTS[:3]
+    ]
+
+
+def test_a_gguf_file_is_served(started: Start, folder: Path, tmp_path: Path) -> None:
+    model = gguf_models.make_model("olmoe")
+    switchgear.save_gguf(model, tmp_path / "small.gguf", "q8_0")
+    client = started("--tokenizer", str(folder), model=tmp_path / "small.gguf")
+    model = switchgear.load_gguf(tmp_path / "small.gguf")
+    switchgear.accelerate(model, whole_layers=True)
+    assert ask(client, PROMPTS[0]) == generated(folder, PROMPTS[0], model)
+
+
+def test_another_model_is_refused(started: Start) -> None:
+    client = started()
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="another", prompt="w1")
+
+
+def test_options_of_the_server_reach_it(started: Start) -> None:
+    client = started(continuous_batching=True, cb_num_blocks=64, cb_max_batch_tokens=64)
+    alone = [ask(client, prompt) for prompt in PROMPTS]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda prompt: ask(client, prompt), PROMPTS)) == alone
+
+
+def test_chat_talks_to_the_server(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["w1 w2 w3", "!exit"])
+    monkeypatch.setattr("transformers.cli.chat.RichInterface.input", lambda self: next(lines))
+    monkeypatch.setattr("transformers.cli.chat.RichInterface.confirm", lambda self, message: False)
+    asked = ["--generate", "max_new_tokens=12", "--generate", "do_sample=false"]
+    assert main(["chat", str(folder), *asked]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert generated(folder, "w1 w2 w3") in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--server", "batching=true"], "expected an option of transformers serve (continuous_batching"),
+        (["--server", "port=1"], "--server: expected NAME=VALUE"),
+        (["--memory", "8G"], "expected --store with --memory"),
+        (["--store", "experts", "--memory", "8G", "--form", "int4"], "without --form and --linears"),
+        (["--store", "experts", "--memory", "8G"], "experts"),
+        (["--form", "int5"], "int5"),
+        (["--adapter", "adapters"], "adapters"),
+        (["--tokenizer", "words"], "words has no tokenizer that can be loaded"),
+    ],
+)
+def test_mistakes_are_named(options: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(folder), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", str(folder)]) == 2
+    assert "pip install 'switchgear[serve]'" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from typing import Any
 
 from .common import require
 from .serve import add_model, start
@@ -22,9 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     require("rich")
     chat = require("transformers.cli.chat")
+    logging.disable(logging.WARNING)  # a line for each request
+    try:
+        return _run(args, chat)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _run(args: argparse.Namespace, chat: Any) -> int:
     serving = start(args, port=0, log_level="error", non_blocking=True)
-    for name in ("uvicorn", "uvicorn.access"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         while not serving.server.started:
             time.sleep(0.01)

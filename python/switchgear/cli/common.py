@@ -224,16 +224,16 @@ def size(text: str) -> int:
     return number
 
 
-def settings(texts: Iterable[str], what: str, taken: Collection[str] = ()) -> dict[str, Any]:
-    """The options of `what` that --set NAME=VALUE gives, a value as JSON or a word. CommandError for a text of another
-    form, a name that the command sets itself, and a name that comes twice."""
+def settings(texts: Iterable[str], what: str, taken: Collection[str] = (), *, option: str = "set") -> dict[str, Any]:
+    """The options of `what` that --set NAME=VALUE gives (or --`option`), a value as JSON or a word. CommandError for a
+    text of another form, a name that the command sets itself, and a name that comes twice."""
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier() or name in taken:
-            raise CommandError(f"--set: expected NAME=VALUE, an option of {what}, got {text!r}")
+            raise CommandError(f"--{option}: expected NAME=VALUE, an option of {what}, got {text!r}")
         if name in found:
-            raise CommandError(f"--set: expected each option once, got {name} twice")
+            raise CommandError(f"--{option}: expected each option once, got {name} twice")
         try:
             found[name] = json.loads(value)
         except ValueError:

@@ -28,6 +28,7 @@ from .common import (
     table,
 )
 
+
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint.add_arguments(parser, tokens=2048, texts="texts like those that the model will read")

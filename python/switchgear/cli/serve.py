@@ -48,7 +48,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    start(args, host=args.host, port=args.port, **settings(args.server, "transformers serve", _TAKEN))
+    of_server = settings(args.server, "transformers serve", _TAKEN, option="server")
+    start(args, host=args.host, port=args.port, **of_server)
     return 0
 
 
