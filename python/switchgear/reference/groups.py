@@ -66,8 +66,8 @@ def quantize(
     name: str = "weight",
     kernel: Kernel | None = None,
 ) -> Levels:
-    """Quantizes a weight [E,N,C] to `bits[e]` bits for expert e, in plain torch or by a kernel with the same bits: `fit`
-    of each group, then levels to nearest.
+    """Quantizes a weight [E,N,C] to `bits[e]` bits for expert e, in plain torch or by a kernel with the same bits:
+    `fit` of each group, then levels to nearest.
 
     ValueError for NaN and infinities, and for weights whose scales float16 does not hold: too large, or all those of an
     expert zero whose weights are not. It names the weight by `name`. A group that small among others becomes zero.
