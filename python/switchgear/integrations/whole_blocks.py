@@ -213,8 +213,9 @@ class RouteOptions(NamedTuple):
 
 
 def _find_operand(weight: Any, dtype: torch.dtype) -> tuple[Any, tuple[int, ...]] | None:
-    """The tensors and the form of a projection that is multiplied as it is."""
-    if type(weight) is nn.Parameter or (type(weight) is Tensor and not weight.is_neg()):
+    """The tensors and the form of a projection that is multiplied as it is, and not a view, which a parameter with new
+    data would leave behind."""
+    if type(weight) is nn.Parameter:
         return (weight, ()) if weight.dtype is dtype and 1 in weight.stride()[-2:] else None
     if type(weight) is Weight and (operand := weight.direct_operand()) is not None:
         return operand.tensors, operand.form
