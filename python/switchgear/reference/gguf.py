@@ -181,6 +181,15 @@ def _nearest(x: Tensor, ascending: Sequence[int]) -> Tensor:
     return torch.bucketize(x, middles, out_int32=True).to(torch.uint8)
 
 
+def _sum(x: Tensor) -> Tensor:
+    """Sums of groups [..., columns], a power of two, with the same bits in vectors of any length: halves are added until
+    one number is left, [...]."""
+    while x.shape[-1] > 1:
+        low, high = x.chunk(2, -1)
+        x = low + high
+    return x[..., 0]
+
+
 def _search_table(x: Tensor) -> Tensor:
     """For groups [..., columns] the scale with the smallest squared error of scale · IQ4_VALUES[q], [...]."""
     whole = torch.arange(-128.0, 128.0, device=x.device)
@@ -199,7 +208,7 @@ def _search(x: Tensor, scales: Sequence[Tensor], round_: Callable[[Tensor], Tens
     best, gain = torch.zeros_like(scales[0]), torch.zeros_like(scales[0])
     for tried in scales:
         q = round_(x * _inverse(tried)[..., None])
-        products, squares = (q * x).sum(-1), (q * q).sum(-1).clamp_(min=1)
+        products, squares = _sum(q * x), _sum(q * q).clamp_(min=1)
         removed = products * products / squares  # from the sum of squares
         best = torch.where(removed > gain, products / squares, best)
         gain = torch.maximum(gain, removed)
@@ -283,23 +292,23 @@ def _search_scale(x: Tensor, low: int, high: int) -> Tensor:
 def _search_range(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """For groups [..., columns] the scale and the min, at least 0, of scale · q - min, 0 <= q <= most, [...]."""
     low, high = torch.aminmax(x, dim=-1)
-    low = low.clamp(max=0)
-    best, lowest = (high - low) / most, -low
+    low, high = low.clamp(max=0), high + 0  # no -0
+    best, lowest = (high - low) / most, 0 - low
     error = torch.full_like(low, torch.inf)
     for step in range(-4, 9, 2):
         inverse = _inverse(high - low)[..., None] * (most + 0.1 * step)
         q = ((x - low[..., None]) * inverse).round_().clamp_(0, most)
         # least squares of scale and min for these codes
-        n, sums, squares = x.shape[-1], q.sum(-1), (q * q).sum(-1)
-        of_x, products = x.sum(-1), (q * x).sum(-1)
+        n, sums, squares = x.shape[-1], _sum(q), _sum(q * q)
+        of_x, products = _sum(x), _sum(q * x)
         determinant = n * squares - sums * sums
         scale = (n * products - sums * of_x) / torch.where(determinant > 0, determinant, 1)
         offset = (squares * of_x - sums * products) / torch.where(determinant > 0, determinant, 1)
         alone = products / squares.clamp(min=1)
         scale, offset = torch.where(offset > 0, alone, scale), offset.clamp(max=0)
-        left = ((scale[..., None] * q + offset[..., None] - x) ** 2).sum(-1)
+        left = _sum((scale[..., None] * q + offset[..., None] - x).square())
         is_better = (left < error) & (determinant > 0) & (scale > 0)
-        best, lowest = torch.where(is_better, scale, best), torch.where(is_better, -offset, lowest)
+        best, lowest = torch.where(is_better, scale, best), torch.where(is_better, 0 - offset, lowest)
         error = torch.where(is_better, left, error)
     return best, lowest
 
