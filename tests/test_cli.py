@@ -134,6 +134,7 @@ LONG = {
     "compress": "MODEL --recipe RECIPE --out OUT",
     "convert": "MODEL --operation dense --out OUT",
     "offload-plan": "MODEL --memory 1M --text TEXT",
+    "plan": "MODEL --memory 8M --disk-rate 1M",
     "offload-store": "MODEL --out OUT",
     "plan-parallel": "--model mixtral --ep 8 --nodes 2",
     "bench": "layers --quick --shapes tiny --tokens 5 --dtypes fp32 --threads 1",

@@ -13,7 +13,8 @@ import torch
 from replayed import Replay, as_sets
 
 from errors import raises
-from switchgear import diagnostics, offload
+from switchgear import analysis, diagnostics, offload
+from switchgear.analysis.models import MODELS
 from switchgear.cli import main, offload_plan
 from switchgear.cli.common import colors
 
@@ -112,3 +113,24 @@ def test_sizes() -> None:
     for text in ("", "8X", "-1G", "0", "G"):
         with raises(argparse.ArgumentTypeError):
             offload_plan.size(text)
+
+
+def test_a_plan_without_a_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Embeddings keep their bits, and two draws of experts through an LRU give hits and bytes."""
+    cached = 64 * 2 * 2 * 32 * 4  # tokens, keys and values, layers, numbers of float32
+    embedding = 256 * 32
+    dense = (dense_bytes() // 4 - embedding) // 2 + embedding * 4
+    memory = dense + cached + 2 * 3 * EXPERT // 8 + 200  # three of the six experts in each layer
+    arguments = [str(checkpoint), "--memory", str(memory), "--disk-rate", "1M", "--bits", "4", "--expert-bits", "4"]
+    assert main(["plan", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 6 per layer" in out
+    hits, read, most, least = re.findall(r"[\d.]+", next(line for line in out.splitlines() if "uniform" in line))
+    assert float(hits) == pytest.approx(50, abs=3)
+    assert float(least) <= float(most)
+    assert float(hits) <= float(re.findall(r"[\d.]+", next(line for line in out.splitlines() if " Zipf " in line))[0])
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("olmoe", 6.9e9), ("gpt-oss-20b", 20.9e9)])
+def test_sizes_of_published_models_are_theirs(name: str, parameters: float) -> None:
+    assert analysis.cost(MODELS[name]).parameters == pytest.approx(parameters, rel=5e-3)

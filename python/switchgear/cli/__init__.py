@@ -27,6 +27,7 @@ COMMANDS = {
     "train-tiny": "train a small MoE model on real text, to try compression on",
     "inspect": "report how a model's routers use its experts: load, entropy, similarity, domains, caches",
     "compress": "prune, merge and quantize the experts of a checkpoint by a recipe",
+    "plan": "predict what a model with its experts on disk needs, and its speed, from its sizes and your rates",
     "offload-plan": "predict the hits of a cache of experts, by policy and size, on your text",
     "offload-store": "write the experts of a checkpoint into a store, to run a model bigger than memory",
     "store": "write a checkpoint with its experts and linear layers in stored forms, for from_pretrained",

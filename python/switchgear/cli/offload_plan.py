@@ -73,7 +73,19 @@ class Budget:
         )
 
 
-def budget_of(config: Any, args: argparse.Namespace) -> Budget:
+def read_config(model: str) -> Any:
+    """The config in the folder of a checkpoint. CommandError if there is none."""
+    folder = find_folder(model)
+    try:
+        return require("transformers").AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CommandError(f"cannot load the config of {folder}: {reason}") from None
+
+
+def budget_of(config: Any, args: argparse.Namespace, *, keeps_embeddings: bool = False) -> tuple[Budget, Any]:
+    """The budget, and the `analysis.Cost` that it is from. keeps_embeddings: tables that are only looked up have the
+    bits of the checkpoint, as `switchgear.store` leaves them."""
     from ..analysis import cost
 
     try:
@@ -89,6 +101,8 @@ def budget_of(config: Any, args: argparse.Namespace) -> Budget:
     expert_bits = args.expert_bits or bits
     record = max(-(-parameters // experts) for experts, _, parameters in found.moe_layers)
     whole = found.weight_bytes(bits, expert_bits)
+    if keeps_embeddings:
+        whole += round(found.embedding * (plain - bits) / 8)
     experts = round(found.experts * expert_bits / 8)
     most = max(number for number, _, _ in found.moe_layers)
     result = Budget(
@@ -99,7 +113,7 @@ def budget_of(config: Any, args: argparse.Namespace) -> Budget:
         raise CommandError(
             f"--memory: expected at least {_bytes(least)}, an expert per layer, got {_bytes(args.memory)}"
         )
-    return result
+    return result, found
 
 
 def dtype_bits(config: Any) -> int:
@@ -111,7 +125,7 @@ def dtype_bits(config: Any) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    transformers = require("transformers")
+    require("transformers")
     require("rich")
     if args.plot:
         require("matplotlib")
@@ -121,12 +135,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     folder = find_folder(args.model)
     texts = read_texts(args.text, folder)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CommandError(f"cannot load the config of {folder}: {reason}") from None
-    budget = budget_of(config, args)
+    budget, _ = budget_of(read_config(args.model), args)
     model = load_model(folder, args.dtype)
     batches = list(cut_texts(texts, model, folder, tokens=args.tokens, length=args.length).values())
     with progress("reading") as advance:

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear plan MODEL --memory 12G --disk-rate 2G`: what a model with its experts on disk needs, before it is there.
+
+PREDICTIONS from a config and rates. `switchgear offload-plan` replays the choices of a model that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..analysis.models import MODELS
+from . import offload_plan
+from .common import above_zero, console, positive, require, table
+
+NOTICE = "PREDICTIONS from sizes and rates, not measurements."
+# LRU of a model with 512 experts was measured to hit 43.5, 62.0, 72.0 and 78.9 % of 300 tokens of text with 93, 186, 279
+# and 372 slots (github.com/kekzl/imp, pull request 2061). Draws with this skew, of 10 experts per token, which is our
+# assumption, hit 43.1, 61.2, 72.6 and 80.3 %.
+ZIPF = 0.8
+ROUTINGS = {"uniform": 0.0, "Zipf": ZIPF}
+STEPS, WARM = 1500, 500  # tokens that are drawn, and those of them that only fill the cache
+
+
+# fmt: off
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add, size = parser.add_argument, offload_plan.size
+    add("model", metavar="MODEL", help=f"{', '.join(MODELS)}, or a folder with a config.json")
+    add("--memory", type=size, required=True, metavar="SIZE", help="for weights, keys and values: 12G")
+    add("--disk-rate", type=size, required=True, metavar="SIZE", help="bytes per second that the disk reads: 2.5G")
+    add("--memory-rate", type=size, default="10G", metavar="SIZE",
+        help="bytes per second at which kernels read weights in memory")
+    add("--bits", type=above_zero, default=4.5, metavar="N", help="per weight of linear layers: int4")
+    add("--expert-bits", type=above_zero, default=4.25, metavar="N", help="per weight of experts: mxfp4")
+    add("--context", type=positive, default=4096, metavar="N", help="tokens whose keys and values are kept")
+# fmt: on
+
+
+def run(args: argparse.Namespace) -> int:
+    require("rich")
+    budget, found = offload_plan.budget_of(_config_of(args.model), args, keeps_embeddings=True)
+    read = found.decode_bytes(0, 1, args.bits, args.expert_bits)
+    top_k = max(k for _, k, _ in found.moe_layers)
+    made = table("routing", "hits", "MB read per token", "tokens/s at most", "tokens/s, nothing overlaps")
+    for name, skew in ROUTINGS.items():
+        hits = 1.0 if budget.slots == budget.num_experts else hit_rate(budget, top_k, skew)
+        missed = (1 - hits) * sum(k for _, k, _ in found.moe_layers) * budget.record
+        reading, computing = missed / args.disk_rate, read / args.memory_rate
+        made.add_row(
+            name, f"{hits:.0%}", f"{missed / 1e6:.0f}", f"{1 / max(reading, computing):.2f}",
+            f"{1 / (reading + computing):.2f}",
+        )  # fmt: skip
+    made.caption = f"LRU; Zipf: the n-th expert is n^-{ZIPF} times as likely as the first"
+    print(NOTICE)
+    print(f"{args.model}: {found}")
+    print(budget)
+    console().print(made)
+    return 0
+
+
+def hit_rate(budget: offload_plan.Budget, top_k: int, skew: float) -> float:
+    """The share of the experts of a token that an LRU of a layer has, once it is full."""
+    from ..offload import LRU, Accesses, simulate
+    from ..parallel.cost import draw_routing
+
+    ids = draw_routing(STEPS, budget.num_experts, top_k, skew)
+    drawn = Accesses.of([[row] for row in ids.tolist()], num_experts=budget.num_experts)
+    warm, whole = (simulate(run, LRU(), slots=budget.slots) for run in (drawn.split(WARM)[0], drawn))
+    return (whole.hits - warm.hits) / ((STEPS - WARM) * top_k)
+
+
+def _config_of(model: str) -> Any:
+    auto = require("transformers").AutoConfig
+    if model in MODELS:
+        return auto.for_model(**MODELS[model])
+    return offload_plan.read_config(model)
