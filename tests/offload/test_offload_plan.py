@@ -125,7 +125,7 @@ def test_a_plan_without_a_text(checkpoint: Path, capsys: pytest.CaptureFixture[s
     assert main(["plan", *arguments]) == 0
     out = capsys.readouterr().out
     assert "3 of 6 per layer" in out
-    hits, read, most, least = re.findall(r"[\d.]+", next(line for line in out.splitlines() if "uniform" in line))
+    hits, _, most, least = re.findall(r"[\d.]+", next(line for line in out.splitlines() if "uniform" in line))
     assert float(hits) == pytest.approx(50, abs=3)
     assert float(least) <= float(most)
     assert float(hits) <= float(re.findall(r"[\d.]+", next(line for line in out.splitlines() if " Zipf " in line))[0])

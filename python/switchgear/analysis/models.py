@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Sizes of published models, as fields of their configs: enough to count parameters and bytes without a file of them."""
+"""Sizes of published models, as fields of their configs: enough to count parameters and bytes without their files."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from ..analysis.models import MODELS
 from . import offload_plan
-from .common import above_zero, console, positive, require, table
+from .common import above_zero, console, positive, require, size, table
 
 NOTICE = "PREDICTIONS from sizes and rates, not measurements."
-# LRU of a model with 512 experts was measured to hit 43.5, 62.0, 72.0 and 78.9 % of 300 tokens of text with 93, 186, 279
-# and 372 slots (github.com/kekzl/imp, pull request 2061). Draws with this skew, of 10 experts per token, which is our
-# assumption, hit 43.1, 61.2, 72.6 and 80.3 %.
+# Published for LRU on a model with 512 experts (github.com/kekzl/imp, pull request 2061): 43.5, 62.0, 72.0 and 78.9 %
+# hits in 300 tokens of text with 93, 186, 279 and 372 slots. Draws with this skew hit 43.1, 61.2, 72.6 and 80.3 %, if
+# a token chooses 10 experts, which is our assumption.
 ZIPF = 0.8
 ROUTINGS = {"uniform": 0.0, "Zipf": ZIPF}
 STEPS, WARM = 1500, 500  # tokens that are drawn, and those of them that only fill the cache
@@ -24,7 +24,7 @@ STEPS, WARM = 1500, 500  # tokens that are drawn, and those of them that only fi
 
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, size = parser.add_argument, offload_plan.size
+    add = parser.add_argument
     add("model", metavar="MODEL", help=f"{', '.join(MODELS)}, or a folder with a config.json")
     add("--memory", type=size, required=True, metavar="SIZE", help="for weights, keys and values: 12G")
     add("--disk-rate", type=size, required=True, metavar="SIZE", help="bytes per second that the disk reads: 2.5G")
