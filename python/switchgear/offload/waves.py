@@ -72,7 +72,9 @@ class LoadsExperts:
             for weight, base in zip(weights, bases, strict=True)
         )
         layer = Layer(*build_layer(x, first, second, biases, topk_ids, topk_weights, options))
-        is_direct = all(base._operand.needs_no_dispatch for base in bases) and ops.needs_no_dispatch(x, *layer[4:8], *first.adapter, *second.adapter)
+        is_direct = all(base._operand.needs_no_dispatch for base in bases) and ops.needs_no_dispatch(
+            x, *layer[4:8], *first.adapter, *second.adapter
+        )
         in_waves = LayerInWaves(self, (*bases, x.dtype) if is_cast else None, by_row)
         drops = first.dropout > 0 or second.dropout > 0  # then h is saved in any case: ops.layer_accumulate
         if drops or needs_autograd(x, *layer[4:6], topk_weights, *first.leaves, *second.leaves):
