@@ -125,6 +125,7 @@ FILES = {
     "cpu/wide_product.h": Covered("cpu/moe_backward cpu/token_sum", "moe"),
     "cpu/workspace.h": Covered("cpu/workspace cpu/moe_forward cpu/moe_backward cpu/gate", "moe gate workspace"),
     "cpu/workspace.cpp": Covered("cpu/workspace", "workspace moe threads:concurrent"),
+    "cpu/worker_pool.cpp": Covered("cpu/worker_pool", "threads"),
     "cpu/integers/dot.h": Covered(INTEGERS, "integers"),
     "cpu/integers/experts.h": Covered("cpu/integers/rows cpu/integers/moe_forward", "integers"),
     "cpu/integers/grouped_gemm.cpp": Covered("cpu/integers/grouped_gemm", "integers"),

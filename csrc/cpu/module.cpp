@@ -4,12 +4,15 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "names.h"
 #include "pages.h"
 #include "switchgear/backend.h"
 #include "switchgear/check.h"
 #include "switchgear/compact.h"
 #include "switchgear/panels.h"
+#include "switchgear/quantize.h"
 #include "workspace.h"
 
 namespace py = pybind11;
@@ -81,6 +84,27 @@ void define_module(py::module_& m) {
       },
       "Writes compact weights, whose experts may be apart, as plain ones.", "compact"_a, "weight"_a,
       "num_threads"_a = 0);
+  const auto def_quantize =
+      [&]<size_t kCount>(
+          const char* name, const char* doc,
+          void (*quantize)(const TensorView&, const std::array<TensorView, kCount>&, LevelOptions, Execution)) {
+        m.def(
+            name,
+            [quantize](handle rows, const std::array<py::object, kCount>& levels, std::pair<int64_t, int64_t> options,
+                       int num_threads) {
+              Arrays arrays;
+              std::array<TensorView, kCount> out;
+              for (size_t i = 0; i < kCount; ++i) out[i] = arrays.out_or_none("levels", levels[i]);
+              const TensorView in = arrays.in("rows", rows);
+              const py::gil_scoped_release release;
+              quantize(in, out, {.bits = options.first, .group_size = options.second}, {.num_threads = num_threads});
+            },
+            doc, "rows"_a, "levels"_a, "options"_a, "num_threads"_a = 0);
+      };
+  def_quantize("quantize_integers", "Writes (levels, scales, row_scales, zeros or None); options: (bits, group_size).",
+               &quantize_integers);
+  def_quantize("quantize_groups", "Writes (levels, scales, zeros or None); options: (bits, group_size).",
+               &quantize_groups);
   m.def(
       "panel_layout",
       [](std::string_view dtype) {

@@ -3,17 +3,17 @@
 
 #include <pthread.h>
 
+#include <chrono>
 #include <exception>
+#include <memory>
 #include <mutex>
+#include <thread>
 
 #include "float_mode.h"
+#include "worker_pool.h"
 
 #ifdef _OPENMP
 #include <omp.h>
-#else
-#include <system_error>
-#include <thread>
-#include <vector>
 #endif
 
 namespace switchgear::cpu {
@@ -35,6 +35,52 @@ int default_threads() {
 #endif
 }
 
+// Each calling thread has a pool of its own, as OpenMP gives it a team. A forked child has none of its threads, and leaks it.
+WorkerPool& pool() {
+  struct Owner {
+    std::unique_ptr<WorkerPool> pool = std::make_unique<WorkerPool>();
+    Owner() = default;
+    Owner(const Owner&) = delete;
+    Owner& operator=(const Owner&) = delete;
+    ~Owner() {
+      if (in_forked_child.load(std::memory_order_relaxed)) static_cast<void>(pool.release());
+    }
+  };
+  thread_local Owner owner;
+  return *owner.pool;
+}
+
+#ifdef _OPENMP
+using Clock = std::chrono::steady_clock;
+
+// OpenMP's threads spin for milliseconds after a loop, and a loop waits for all of them, which is fastest on idle cores. Where
+// other processes use the cores, a loop ends when the scheduler has given the last thread its turn, a time slice later.
+// Threads that begin late tell the two apart: after two within a few loops, the loops of the next second run on the pool.
+constexpr auto kLate = std::chrono::microseconds(500);
+constexpr auto kBusyFor = std::chrono::seconds(1);
+constexpr int kLoopsPerLate = 16;
+std::atomic<Clock::time_point> cores_are_busy_until{Clock::time_point::min()};
+static_assert(std::atomic<Clock::time_point>::is_always_lock_free);
+std::atomic<int> lateness{0};  // of recent loops: approximate if several threads call
+
+void run_on_openmp(int num_threads, void (*body)(void*, int), void* context) {
+  const auto start = Clock::now();
+  std::atomic<bool> is_late{false};
+#pragma omp parallel num_threads(num_threads)
+  {
+    if (Clock::now() - start > kLate) is_late.store(true, std::memory_order_relaxed);
+    body(context, omp_get_thread_num());
+  }
+  const int before = lateness.load(std::memory_order_relaxed);
+  if (is_late.load(std::memory_order_relaxed)) {
+    if (before > 0) cores_are_busy_until.store(Clock::now() + kBusyFor, std::memory_order_relaxed);
+    lateness.store(kLoopsPerLate, std::memory_order_relaxed);
+  } else if (before > 0) {
+    lateness.store(before - 1, std::memory_order_relaxed);
+  }
+}
+#endif
+
 }  // namespace
 
 Timeline* timeline() { return recording; }
@@ -46,31 +92,33 @@ int resolve_threads(int num_threads) {
 }
 
 void run_threads(int num_threads, void (*body)(void*, int), void* context) {
-  std::exception_ptr error;
-  std::mutex error_mutex;
-  const FloatMode mode = float_mode();
-  const auto guarded = [&](int thread) {
-    const FloatModeScope scope(mode);
+  struct Guarded {
+    void (*body)(void*, int);
+    void* context;
+    const FloatMode mode = float_mode();
+    std::exception_ptr error;
+    std::mutex error_mutex;
+  } guarded{.body = body, .context = context};
+  const auto run = [](void* opaque, int thread) {
+    auto& g = *static_cast<Guarded*>(opaque);
+    const FloatModeScope scope(g.mode);
     try {
-      body(context, thread);
+      g.body(g.context, thread);
     } catch (...) {
-      const std::lock_guard lock(error_mutex);
-      if (!error) error = std::current_exception();
+      const std::lock_guard lock(g.error_mutex);
+      if (!g.error) g.error = std::current_exception();
     }
   };
 #ifdef _OPENMP
-#pragma omp parallel num_threads(num_threads)
-  guarded(omp_get_thread_num());
-#else
-  std::vector<std::thread> others;
-  try {
-    for (int i = 1; i < num_threads; ++i) others.emplace_back(guarded, i);
-  } catch (const std::system_error&) {  // no more threads: those that run take all tasks
+  if (Clock::now() >= cores_are_busy_until.load(std::memory_order_relaxed)) {
+    run_on_openmp(num_threads, run, &guarded);
+  } else {
+    pool().run(num_threads, run, &guarded);
   }
-  guarded(0);
-  for (auto& thread : others) thread.join();
+#else
+  pool().run(num_threads, run, &guarded);
 #endif
-  if (error) std::rethrow_exception(error);
+  if (guarded.error) std::rethrow_exception(guarded.error);
 }
 
 }  // namespace switchgear::cpu

@@ -2,8 +2,9 @@
 // Parallel loops of the CPU backend.
 //
 // With OpenMP the loops run on the process's OpenMP pool, which is torch's own if torch is loaded: a second pool would spin
-// against it. Without OpenMP (SWITCHGEAR_OPENMP=OFF, the thread-sanitizer build) each loop starts std::threads. A forked
-// child has no pool, and OpenMP would wait for it forever, so there every loop runs on the calling thread.
+// against it. While other processes use the cores, and without OpenMP (SWITCHGEAR_OPENMP=OFF, the thread-sanitizer build),
+// loops run on a WorkerPool, whose threads sleep. A forked child has neither, and OpenMP would wait for it forever, so there
+// every loop runs on the calling thread.
 #pragma once
 #include <atomic>
 #include <cstdint>

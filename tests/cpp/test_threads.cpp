@@ -6,11 +6,13 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <optional>
 #include <thread>
 
 #include "cases.h"
 #include "cpu/float_mode.h"
 #include "cpu/threads.h"
+#include "cpu/worker_pool.h"
 #include "switchgear/panels.h"
 
 namespace switchgear::test {
@@ -99,6 +101,30 @@ TEST(number_of_threads) {
       started = 0;
       cpu::parallel_for_shares(threads, count, task);
       CHECK(started == count && most <= threads, threads, " threads shared ", started.load(), " of ", count);
+    }
+  }
+}
+
+// Each loop's first tasks wait for each other, so they end only if that many threads run them.
+TEST(workers_of_a_pool_join_loops) {
+  struct Tasks {
+    int count, together;
+    std::atomic<int> next{0}, waiting{0}, done{0}, highest{0};
+  };
+  cpu::WorkerPool pool;
+  for (const int threads : {1, 2, 5, 3, 2}) {
+    for (const int count : {0, threads, 100}) {
+      Tasks tasks{.count = count, .together = std::min(threads, count)};
+      const auto body = [](void* context, int thread) {
+        auto& t = *static_cast<Tasks*>(context);
+        for (int i; (i = t.next++) < t.count; ++t.done) {
+          if (thread > t.highest) t.highest = thread;
+          if (i >= t.together) continue;
+          for (++t.waiting; t.waiting < t.together;) std::this_thread::yield();
+        }
+      };
+      pool.run(threads, body, &tasks);
+      CHECK(tasks.done == count && tasks.highest < threads, threads, " threads did ", tasks.done.load(), " of ", count);
     }
   }
 }
@@ -301,21 +327,22 @@ TEST(threads_take_the_float_mode_of_their_caller) {
   constexpr cpu::FloatMode kFlushes = 1 << 24;
 #endif
   constexpr int kThreads = 4;
-  struct Seen {
-    cpu::FloatMode mode[kThreads];
-  };
+  using Modes = std::vector<std::optional<cpu::FloatMode>>;  // empty where a thread came too late: the cores are busy
   const auto modes_of_threads = [] {
-    Seen seen{};
+    Modes modes(kThreads);
     cpu::run_threads(
-        kThreads, [](void* context, int thread) { static_cast<Seen*>(context)->mode[thread] = cpu::float_mode(); },
-        &seen);
-    return seen;
+        kThreads,
+        [](void* context, int thread) {
+          (*static_cast<Modes*>(context))[static_cast<size_t>(thread)] = cpu::float_mode();
+        },
+        &modes);
+    return modes;
   };
   Array h(DType::kFloat32, {256, 512}), serial(DType::kFloat32, {256, 256}), parallel = serial, unflushed = serial;
   h.fill([](int64_t i) { return i % 512 < 256 ? 3e-38 : 0.25; });
   const cpu::FloatMode before = cpu::float_mode();
   const auto check_modes = [&](cpu::FloatMode want) {
-    for (const cpu::FloatMode mode : modes_of_threads().mode) CHECK(mode == want, mode, " instead of ", want);
+    for (const auto mode : modes_of_threads()) CHECK(mode.value_or(want) == want, *mode, " instead of ", want);
   };
   glu({.h = h, .a = unflushed}, {kThreads});  // starts the pool
   {

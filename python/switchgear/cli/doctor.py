@@ -184,6 +184,7 @@ def examine_settings(backend: str) -> Iterator[Finding]:
         yield Finding("backend", "slow", "all ops run on the reference, in plain torch", "unset SWITCHGEAR_BACKEND")
     yield _examine_huge_pages(machine.transparent_huge_pages())
     yield _examine_threads(torch.get_num_threads(), machine.cpu()["cores"], machine.cpu_quota())
+    yield _examine_load(os.getloadavg()[0], os.environ.get("OMP_WAIT_POLICY"))
     yield _examine_openmp(machine.openmp_runtimes())
     yield _examine_allocator(os.environ)
     yield _examine_transformers()
@@ -210,6 +211,11 @@ def _examine_threads(threads: int, cores: int, quota: float | None) -> Finding:
     if threads < granted:
         return Finding("threads", "slow", text, f"torch.set_num_threads({int(granted)}) if the rest is free")
     return Finding("threads", "ok", text)
+
+
+def _examine_load(load: float, policy: str | None) -> Finding:
+    waits = f"OMP_WAIT_POLICY={policy}" if policy else "OMP_WAIT_POLICY is not set"
+    return Finding("load", "ok", f"{load:.1f} threads ran or waited for a core in the last minute; {waits}")
 
 
 def _examine_openmp(runtimes: list[str]) -> Finding:

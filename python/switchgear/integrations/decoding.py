@@ -66,7 +66,7 @@ def _run_layer(
 ) -> Tensor | None:
     """The layer's output, or None if its own forward has to run."""
     cache = past_key_values if cache is None else cache
-    if any(value for name, value in others.items() if name not in _IGNORED):
+    if any(value is not None and value is not False for name, value in others.items() if name not in _IGNORED):
         return None
     if position_embeddings is None and known.rotation.pairs != "none":
         return None
