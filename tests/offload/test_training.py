@@ -16,7 +16,6 @@ from switchgear import offload
 from switchgear.adapters import add_lora
 from switchgear.reference.layer import keeps, shift_seed
 
-
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -63,7 +63,8 @@ class LoadsExperts:
         """functional.layer.apply_layer, with weights whose experts this loads."""
         bases = _in_memory(weights[0]), _in_memory(weights[1])
         by_row = not adds_in_order_of_experts(x)
-        is_cast = any([_must_cast(base, x, by_row, autocast) for base in bases])  # checks both
+        must_cast = [_must_cast(base, x, by_row, autocast) for base in bases]  # checks both
+        is_cast = any(must_cast)
         topk_ids = topk_ids.clone()  # read for each wave, and another thread may change the caller's
         if len(topk_ids) != len(x):
             raise ValueError(f"topk_ids: expected {len(x)} rows like x, got shape {list(topk_ids.shape)}")

@@ -20,8 +20,8 @@ from switchgear.reference.layer import NUM_REQUIRED, GluOptions, Layer
 
 __all__ = [
     "GRADIENTS", "GluOptions", "Layer", "differentiable", "layer_accumulate", "layer_backward",
-    "layer_backward_to_sums", "layer_forward", "moe_accumulate", "moe_backward", "moe_backward_on_host", "moe_forward", "moe_forward_on_host", "needs_no_dispatch",
-    "plain_layer_on_host",
+    "layer_backward_to_sums", "layer_forward", "moe_accumulate", "moe_backward", "moe_backward_on_host", "moe_forward",
+    "moe_forward_on_host", "needs_no_dispatch", "plain_layer_on_host",
 ]  # fmt: skip
 
 _TYPES = {
