@@ -11,6 +11,7 @@
 #include "switchgear/backend.h"
 #include "switchgear/check.h"
 #include "switchgear/compact.h"
+#include "switchgear/encode.h"
 #include "switchgear/panels.h"
 #include "switchgear/quantize.h"
 #include "workspace.h"
@@ -20,6 +21,12 @@ using py::handle;
 
 namespace switchgear {
 namespace {
+
+constexpr Names<BlockCode, 5> kBlockCodes{{{"q2_k", BlockCode::kQ2K},
+                                           {"q3_k", BlockCode::kQ3K},
+                                           {"q4_k", BlockCode::kQ4K},
+                                           {"q5_k", BlockCode::kQ5K},
+                                           {"q6_k", BlockCode::kQ6K}}};
 
 py::dict build_info() {
   py::dict info;
@@ -74,6 +81,17 @@ void define_module(py::module_& m) {
       },
       "Writes weights [E,N,C] as compact ones, both contiguous; the largest number of exceptions in a row.", "weight"_a,
       "compact"_a, "num_threads"_a = 0);
+  m.def(
+      "encode_blocks",
+      [](std::string_view type, handle numbers, handle blocks, int num_threads) {
+        Arrays arrays;
+        const BlockCode code = parse("type", kBlockCodes, type);
+        const TensorView from = arrays.in("numbers", numbers), to = arrays.out("blocks", blocks);
+        const py::gil_scoped_release release;
+        encode_blocks(from, to, code, {.num_threads = num_threads});
+      },
+      "Writes numbers [R,C] in blocks of a type of GGUF files.", "type"_a, "numbers"_a, "blocks"_a,
+      "num_threads"_a = 0);
   m.def(
       "expand_compact",
       [](handle compact, handle weight, int num_threads) {
