@@ -154,7 +154,7 @@ class LayerInWaves:
                     grads = [_zeros_like(tensor, need) for tensor, need in zip(differentiable, needs, strict=True)]
                 found = self._gradients(total, grad_y, x, h, part, needs)
                 for name, grad, own in zip(GRADIENTS[3:], grads[3:], found[3:], strict=True):
-                    if grad is None:
+                    if grad is None or own is None:
                         continue
                     if name == "topk_weights":
                         grad.view(-1)[part.choices[part.is_mine]] = own[part.is_mine]
@@ -231,12 +231,12 @@ class LayerInWaves:
         given = part.rows_of(grad_y), part.rows_of(x), part.slots_of(h), part.layer
         if self._by_row:
             found = ops.layer_backward(*given, needs)
-            if total is not None:
+            if total is not None and found[0] is not None:
                 total[part.choices[:, 0]] = found[0]
             return found
         sums = None if total is None else part.rows_of(total)
         found = ops.layer_backward_to_sums(sums, *given, needs)
-        if total is not None and part.tokens is not None:
+        if total is not None and sums is not None and part.tokens is not None:
             total[part.tokens] = sums
         return found
 

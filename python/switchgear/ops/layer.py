@@ -315,6 +315,7 @@ def layer_backward_to_sums(
         return _backward(host, grad_y, x, h, layer, (False, *needs[1:]), None, sums)
     grads = layer_backward(grad_y, x, h, layer, (sums is not None, *needs[1:]))
     if sums is not None:
+        assert grads[0] is not None
         sums += grads[0]
     return grads
 
