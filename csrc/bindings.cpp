@@ -316,22 +316,25 @@ void py_moe_forward(handle inputs, handle layer, handle outputs, ExecutionArgume
 void py_moe_accumulate(handle inputs, handle layer, handle outputs, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
   MoeForwardArgs args = forward_args(arrays, inputs, layer);
-  args.sums = Fields(arrays, "outputs", outputs, 1).in_out("sums");
+  Fields out(arrays, "outputs", outputs, 2);
+  args.sums = out.in_out("sums");
+  args.h = out.out_or_none("h");
   run(moe_forward, args, execution);
 }
 
-// The last output says whether the kernels add to the gradients of the projections.
+// The last two outputs say whether the kernels add to the gradients of the projections, and to that of x.
 void py_moe_backward(handle inputs, handle layer, handle outputs, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
-  Fields in(arrays, "inputs", inputs, 4), out(arrays, "outputs", outputs, 11);
+  Fields in(arrays, "inputs", inputs, 4), out(arrays, "outputs", outputs, 12);
   MoeBackwardArgs args{.grad_y = in.in("grad_y"), .x = in.in("x"), .h = in.in("h")};
   read_layer(arrays, layer, args);
   args.experts = in.in_or_none("experts");
   args.adds = PyTuple_GET_ITEM(outputs.ptr(), 10) == Py_True;
+  args.adds_x = PyTuple_GET_ITEM(outputs.ptr(), 11) == Py_True;
   const auto weight_gradient = [&](const char* name) {
     return args.adds ? out.in_out_or_none(name) : out.out_or_none(name);
   };
-  args.grad_x = out.out_or_none("grad_x");
+  args.grad_x = args.adds_x ? out.in_out_or_none("grad_x") : out.out_or_none("grad_x");
   args.grad_gate_up_proj = weight_gradient("grad_gate_up_proj");
   args.grad_down_proj = weight_gradient("grad_down_proj");
   args.grad_gate_up_bias = out.out_or_none("grad_gate_up_bias");

@@ -216,15 +216,10 @@ void check_adapters(Call& call, ExpertWeights& weights) {
   check_adapter(call, kDownAdapter, weights.down_adapter);
 }
 
-// Masks of dropout depend on slots, which differ if a call has some of the experts.
 void check_sums(const Call& call, const MoeForwardArgs& args) {
   SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, "sums: expected none on this device, got ",
                    describe(args.sums));
   SWITCHGEAR_CHECK(ValueError, !args.y.defined(), "y: expected none beside sums, got ", describe(args.y));
-  for (const Adapter* adapter : {&args.weights.gate_up_adapter, &args.weights.down_adapter}) {
-    SWITCHGEAR_CHECK(ValueError, !adapter->defined() || adapter->dropout == 0,
-                     "dropout: expected none beside sums, got ", adapter->dropout);
-  }
 }
 
 // Only grouped_gemm multiplies separate matrices of different heights.
@@ -592,7 +587,7 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   Dim n{"n", 0};
   call.optional_input("experts", args.experts, kInt32, {&n});
   Dim& trained = args.experts.defined() ? n : E;
-  call.optional_output("grad_x", args.grad_x, kFloat, {&T, &H}, kRows);
+  call.optional_output("grad_x", args.grad_x, args.adds_x ? kFloat32 : kFloat, {&T, &H}, kRows);
   call.optional_output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&trained, &N, &H}, kMatrices);
   call.optional_output("grad_down_proj", args.grad_down_proj, kFloat, {&trained, &H, &I}, kMatrices);
   call.optional_output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&trained, &N}, kRows);
@@ -610,7 +605,7 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   adapter_outputs(args.weights.gate_up_adapter, "grad_gate_up_a", args.grad_gate_up_a, "grad_gate_up_b",
                   args.grad_gate_up_b, N, H);
   adapter_outputs(args.weights.down_adapter, "grad_down_a", args.grad_down_a, "grad_down_b", args.grad_down_b, H, I);
-  SWITCHGEAR_CHECK(ValueError, !args.adds || call.backend().adds_gradients,
+  SWITCHGEAR_CHECK(ValueError, !(args.adds || args.adds_x) || call.backend().adds_gradients,
                    "adds: expected false on this device, got true");
   call.check_overlap();
   check_slots(call, args.weights);

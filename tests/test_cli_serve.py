@@ -17,9 +17,9 @@ import switchgear
 from switchgear.cli import main, serve
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-openai = pytest.importorskip("openai", reason="openai, which transformers serve needs, is not installed")
-for package in ("fastapi", "uvicorn"):
-    pytest.importorskip(package, reason=f"{package}, which transformers serve needs, is not installed")
+openai = pytest.importorskip("openai", reason="openai is not installed")
+pytest.importorskip("fastapi", reason="fastapi is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
 import gguf_models  # noqa: E402

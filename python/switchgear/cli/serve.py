@@ -73,12 +73,13 @@ def start(args: argparse.Namespace, **options: Any) -> Any:
     if args.store is not None and (args.form or args.linears):
         raise CommandError("expected --store, which has the form of its experts, without --form and --linears")
     torch.set_num_threads(args.threads)
-    before = model_manager.ModelManager
-    model_manager.ModelManager = _manager_class(before, args)
+    module: Any = model_manager
+    before = module.ModelManager
+    module.ModelManager = _manager_class(before, args)
     try:
         return serve.Serve(force_model=args.model, device="cpu", **options)
     finally:
-        model_manager.ModelManager = before
+        module.ModelManager = before
 
 
 def _manager_class(base: Any, args: argparse.Namespace) -> Any:

@@ -38,7 +38,7 @@ def encode_rows(name: str, weight: Tensor) -> Tensor:
     out = torch.empty(*weight.shape[:-1], gguf.row_bytes(name, weight.shape[-1]), dtype=torch.uint8)
     count = max(1, _SLICE // weight.shape[-1])
     rows = weight.detach().reshape(-1, weight.shape[-1])
-    for some, numbers in zip(out.view(-1, out.shape[-1]).split(count), rows.split(count), strict=True):
+    for some, numbers in zip(torch.split(out.view(-1, out.shape[-1]), count), torch.split(rows, count), strict=True):
         ops.encode_blocks(name, numbers.float().contiguous(), some, torch.get_num_threads())
     return out
 
