@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "arrays.h"
+#include "decoder_layer.h"
 #include "fields.h"
 #include "module.h"
 #include "names.h"
@@ -273,17 +274,18 @@ void py_glu_backward(handle inputs, handle options, handle outputs, ExecutionArg
 
 // ---- the whole layer ---
 
-// Reads the fields of `Layer` in reference/layer.py into the arguments of an op.
+// Reads the fields of `Layer` in reference/layer.py into the arguments of an op. has_choices: None may stand for topk_ids and
+// topk_weights if not.
 template <typename Args>
-void read_layer(Arrays& arrays, handle layer, Args& args) {
+void read_layer(Arrays& arrays, handle layer, Args& args, bool has_choices = true) {
   Fields fields(arrays, "layer", layer, 17);
   ExpertWeights& weights = args.weights;
   weights = {.gate_up_proj = fields.weight("gate_up_proj"),
              .down_proj = fields.weight("down_proj"),
              .gate_up_bias = fields.in_or_none("gate_up_bias"),
              .down_bias = fields.in_or_none("down_bias")};
-  args.topk_ids = fields.in("topk_ids");
-  args.topk_weights = fields.in("topk_weights");
+  args.topk_ids = has_choices ? fields.in("topk_ids") : fields.in_or_none("topk_ids");
+  args.topk_weights = has_choices ? fields.in("topk_weights") : fields.in_or_none("topk_weights");
   args.options = glu_options(fields);
   const auto has = [](handle list) { return !list.is_none() && py::len(list) > 0; };
   const handle gate_up_adapter = fields.next(), down_adapter = fields.next();
@@ -314,22 +316,25 @@ void py_moe_forward(handle inputs, handle layer, handle outputs, ExecutionArgume
 void py_moe_accumulate(handle inputs, handle layer, handle outputs, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
   MoeForwardArgs args = forward_args(arrays, inputs, layer);
-  args.sums = Fields(arrays, "outputs", outputs, 1).in_out("sums");
+  Fields out(arrays, "outputs", outputs, 2);
+  args.sums = out.in_out("sums");
+  args.h = out.out_or_none("h");
   run(moe_forward, args, execution);
 }
 
-// The last output says whether the kernels add to the gradients of the projections.
+// The last two outputs say whether the kernels add to the gradients of the projections, and to that of x.
 void py_moe_backward(handle inputs, handle layer, handle outputs, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
-  Fields in(arrays, "inputs", inputs, 4), out(arrays, "outputs", outputs, 11);
+  Fields in(arrays, "inputs", inputs, 4), out(arrays, "outputs", outputs, 12);
   MoeBackwardArgs args{.grad_y = in.in("grad_y"), .x = in.in("x"), .h = in.in("h")};
   read_layer(arrays, layer, args);
   args.experts = in.in_or_none("experts");
   args.adds = PyTuple_GET_ITEM(outputs.ptr(), 10) == Py_True;
+  args.adds_x = PyTuple_GET_ITEM(outputs.ptr(), 11) == Py_True;
   const auto weight_gradient = [&](const char* name) {
     return args.adds ? out.in_out_or_none(name) : out.out_or_none(name);
   };
-  args.grad_x = out.out_or_none("grad_x");
+  args.grad_x = args.adds_x ? out.in_out_or_none("grad_x") : out.out_or_none("grad_x");
   args.grad_gate_up_proj = weight_gradient("grad_gate_up_proj");
   args.grad_down_proj = weight_gradient("grad_down_proj");
   args.grad_gate_up_bias = out.out_or_none("grad_gate_up_bias");
@@ -386,36 +391,59 @@ void py_rotate_heads(handle inputs, handle options, handle outputs, ExecutionArg
   run(rotate_heads, args, execution);
 }
 
+// Of the 21 inputs and 7 options of attention_block, without its outputs.
+AttentionBlockArgs attention_block_args(Fields& inputs, Fields& options) {
+  const auto linear = [&](const char* name) {
+    return Linear{.weight = inputs.weight(name), .bias = inputs.in_or_none(name)};
+  };
+  return {.x = inputs.in("x"),
+          .input_norm = inputs.in("input_norm"),
+          .output_norm = inputs.in("output_norm"),
+          .q_proj = linear("q_proj"),
+          .k_proj = linear("k_proj"),
+          .v_proj = linear("v_proj"),
+          .o_proj = linear("o_proj"),
+          .q_norm = inputs.in_or_none("q_norm"),
+          .k_norm = inputs.in_or_none("k_norm"),
+          .cos = inputs.in("cos"),
+          .sin = inputs.in("sin"),
+          .angles = options.value<int64_t>("angles"),
+          .starts = inputs.in_or_none("starts"),
+          .sinks = inputs.in_or_none("sinks"),
+          .length = options.value<int64_t>("length"),
+          .scale = options.value<float>("scale"),
+          .window = options.value<int64_t>("window"),
+          .input_eps = options.value<float>("input_eps"),
+          .head_eps = options.value<float>("head_eps"),
+          .output_eps = options.value<float>("output_eps")};
+}
+
 void py_attention_block(handle inputs, handle options, handle outputs, ExecutionArgument execution) {
   Call call(inputs, 21, options, 7, outputs, 4, execution);
-  const auto linear = [&](const char* name) {
-    return Linear{.weight = call.inputs.weight(name), .bias = call.inputs.in_or_none(name)};
-  };
-  const AttentionBlockArgs args{.x = call.inputs.in("x"),
-                                .input_norm = call.inputs.in("input_norm"),
-                                .output_norm = call.inputs.in("output_norm"),
-                                .q_proj = linear("q_proj"),
-                                .k_proj = linear("k_proj"),
-                                .v_proj = linear("v_proj"),
-                                .o_proj = linear("o_proj"),
-                                .q_norm = call.inputs.in_or_none("q_norm"),
-                                .k_norm = call.inputs.in_or_none("k_norm"),
-                                .cos = call.inputs.in("cos"),
-                                .sin = call.inputs.in("sin"),
-                                .angles = call.options.value<int64_t>("angles"),
-                                .starts = call.inputs.in_or_none("starts"),
-                                .sinks = call.inputs.in_or_none("sinks"),
-                                .length = call.options.value<int64_t>("length"),
-                                .scale = call.options.value<float>("scale"),
-                                .window = call.options.value<int64_t>("window"),
-                                .input_eps = call.options.value<float>("input_eps"),
-                                .head_eps = call.options.value<float>("head_eps"),
-                                .output_eps = call.options.value<float>("output_eps"),
-                                .keys = call.outputs.in_out("keys"),
-                                .values = call.outputs.in_out("values"),
-                                .y = call.outputs.out("y"),
-                                .sum = call.outputs.out("sum")};
+  AttentionBlockArgs args = attention_block_args(call.inputs, call.options);
+  args.keys = call.outputs.in_out("keys");
+  args.values = call.outputs.in_out("values");
+  args.y = call.outputs.out("y");
+  args.sum = call.outputs.out("sum");
   run(attention_block, args, execution);
+}
+
+// inputs and options: those of attention_block, and a tuple each for the router and, of inputs, for `Layer`.
+void py_decoder_layer(handle inputs, handle options, handle outputs, ExecutionArgument execution) {
+  Call call(inputs, 23, options, 8, outputs, 3, execution);
+  DecoderLayerArgs args{.attention = attention_block_args(call.inputs, call.options)};
+  Fields router(call.arrays, "router", call.inputs.next(), 3), choice(call.arrays, "choice", call.options.next(), 8);
+  args.router.gate.weight = router.in("weight");
+  args.router.gate.bias = router.in_or_none("bias");
+  args.router.selection_bias = router.in_or_none("selection_bias");
+  args.router.options = route_options(choice);
+  args.router.options.top_k = choice.value<int64_t>("top_k");
+  args.rounds = choice.value<bool>("rounds");
+  read_layer(call.arrays, call.inputs.next(), args.experts, false);
+  args.attention.keys = call.outputs.in_out("keys");
+  args.attention.values = call.outputs.in_out("values");
+  args.y = call.outputs.out("y");
+  run(decoder_layer, args, execution);
 }
 
 }  // namespace
@@ -466,5 +494,6 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
     op("rms_norm", &py_rms_norm, "Writes rows divided by their root mean square, times a weight.");
     op("rotate_heads", &py_rotate_heads, "Writes queries, keys and values of new tokens, normalised and rotated.");
     op("attention_block", &py_attention_block, "Writes the attention of a decoder layer, between two norms.");
+    op("decoder_layer", &py_decoder_layer, "Writes the output of a decoder layer.");
   }
 }

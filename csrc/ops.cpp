@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -11,6 +12,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "decoder_layer.h"
 #include "switchgear/backend.h"
 #include "switchgear/check.h"
 
@@ -214,15 +216,10 @@ void check_adapters(Call& call, ExpertWeights& weights) {
   check_adapter(call, kDownAdapter, weights.down_adapter);
 }
 
-// Masks of dropout depend on slots, which differ if a call has some of the experts.
 void check_sums(const Call& call, const MoeForwardArgs& args) {
   SWITCHGEAR_CHECK(ValueError, call.backend().device == DeviceType::kCPU, "sums: expected none on this device, got ",
                    describe(args.sums));
   SWITCHGEAR_CHECK(ValueError, !args.y.defined(), "y: expected none beside sums, got ", describe(args.y));
-  for (const Adapter* adapter : {&args.weights.gate_up_adapter, &args.weights.down_adapter}) {
-    SWITCHGEAR_CHECK(ValueError, !adapter->defined() || adapter->dropout == 0,
-                     "dropout: expected none beside sums, got ", adapter->dropout);
-  }
 }
 
 // Only grouped_gemm multiplies separate matrices of different heights.
@@ -590,7 +587,7 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   Dim n{"n", 0};
   call.optional_input("experts", args.experts, kInt32, {&n});
   Dim& trained = args.experts.defined() ? n : E;
-  call.optional_output("grad_x", args.grad_x, kFloat, {&T, &H}, kRows);
+  call.optional_output("grad_x", args.grad_x, args.adds_x ? kFloat32 : kFloat, {&T, &H}, kRows);
   call.optional_output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&trained, &N, &H}, kMatrices);
   call.optional_output("grad_down_proj", args.grad_down_proj, kFloat, {&trained, &H, &I}, kMatrices);
   call.optional_output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&trained, &N}, kRows);
@@ -608,7 +605,7 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   adapter_outputs(args.weights.gate_up_adapter, "grad_gate_up_a", args.grad_gate_up_a, "grad_gate_up_b",
                   args.grad_gate_up_b, N, H);
   adapter_outputs(args.weights.down_adapter, "grad_down_a", args.grad_down_a, "grad_down_b", args.grad_down_b, H, I);
-  SWITCHGEAR_CHECK(ValueError, !args.adds || call.backend().adds_gradients,
+  SWITCHGEAR_CHECK(ValueError, !(args.adds || args.adds_x) || call.backend().adds_gradients,
                    "adds: expected false on this device, got true");
   call.check_overlap();
   check_slots(call, args.weights);
@@ -789,6 +786,75 @@ void attention_block(const AttentionBlockArgs& args, Execution exec) {
   rms_norm(
       {.x = mixed, .residual = x, .weight = args.output_norm, .eps = args.output_eps, .y = args.y, .sum = args.sum},
       exec);
+}
+
+// ---- decoder_layer ---
+
+namespace {
+
+// To the nearest bfloat16, ties to even; NaN stays NaN.
+float round_to_bfloat16(float value) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  return std::isnan(value) ? value : std::bit_cast<float>((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+}
+
+}  // namespace
+
+void decoder_layer(const DecoderLayerArgs& args, Execution exec) {
+  Call call(exec);
+  Dim B{"B", 0}, T{"T", 0}, H{"H"}, E{"E"}, rows{"B·T", 0};
+  const TensorView &x = args.attention.x, &router = args.router.gate.weight;
+  call.input("x", x, kFloat, {&B, &T, &H});
+  call.input("weight", router, float32_or_shared(router), {&E, &H}, kRows);
+  call.output("y", args.y, kFloat, {&rows, &H});
+  call.check_overlap();
+  check_options(args.router.options, E);
+
+  const int64_t num_rows = B.size * T.size, top_k = args.router.options.top_k, width = size_of(x.dtype);
+  const int64_t of_rows = num_rows * H.size * width, of_choices = num_rows * top_k * 4;
+  const auto memory = std::make_unique_for_overwrite<char[]>(
+      static_cast<size_t>(3 * of_rows + 2 * of_choices + num_rows * E.size * size_of(router.dtype)));
+  char* next = memory.get();
+  const auto take = [&](int64_t bytes, DType dtype, int64_t columns) {
+    const TensorView taken = view(next, dtype, num_rows, columns);
+    next += bytes;
+    return taken;
+  };
+  const TensorView topk_ids = take(of_choices, DType::kInt32, top_k);
+  const TensorView topk_weights = take(of_choices, DType::kFloat32, top_k);
+  const TensorView normed = take(of_rows, x.dtype, H.size), sum = take(of_rows, x.dtype, H.size);
+  const TensorView mixed = take(of_rows, x.dtype, H.size);
+  const TensorView router_logits = take(0, router.dtype, E.size);  // the last
+
+  AttentionBlockArgs attention = args.attention;
+  attention.y = normed;
+  attention.sum = sum;
+  attention_block(attention, exec);
+  GateRouteArgs choice = args.router;
+  choice.gate.x = normed;
+  choice.gate.router_logits = router_logits;
+  choice.topk_ids = topk_ids;
+  choice.topk_weights = topk_weights;
+  gate_route(choice, exec);
+  if (args.rounds && x.dtype == DType::kBFloat16) {
+    for (int64_t i = 0; i < topk_weights.numel(); ++i) {
+      topk_weights.as<float>()[i] = round_to_bfloat16(topk_weights.as<float>()[i]);
+    }
+  }
+  MoeForwardArgs experts = args.experts;
+  experts.x = normed;
+  experts.topk_ids = topk_ids;
+  experts.topk_weights = topk_weights;
+  experts.y = mixed;
+  moe_forward(experts, exec);
+  // The op adds rows, too; what it normalises is not used.
+  rms_norm({.x = mixed,
+            .residual = sum,
+            .weight = attention.output_norm,
+            .eps = attention.output_eps,
+            .y = normed,
+            .sum = args.y},
+           exec);
 }
 
 }  // namespace switchgear

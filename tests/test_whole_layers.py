@@ -4,6 +4,7 @@ everywhere."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import StaticCache
 
 import switchgear
+from switchgear import ops
 from switchgear.integrations import decoding
 from switchgear.integrations.cache import GrowingCache, GrowingLayer
 from switchgear.integrations.transformers import accelerate, undo_accelerate
@@ -253,6 +255,55 @@ def test_gradient_checkpointing_changes_no_bit(model_type: str, use_reentrant: b
         results.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert len(results[0]) == len(results[1])
     assert all(map(torch.equal, *results))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["", "int8", "fp8"])
+@pytest.mark.parametrize("model_type", ["olmoe", "qwen3_moe", "mixtral", "gpt_oss"])
+def test_layers_repeat_one_call_until_they_change(model_type: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(model_type, torch.bfloat16)
+    switchgear.accelerate(model)
+    if form:
+        switchgear.store(model, form, linears=form)
+    accelerate(model, whole_layers=True)
+    repeated: list[Any] = []
+    real = ops.decoder_layer_on_host
+    monkeypatch.setattr(ops, "decoder_layer_on_host", lambda *args: (repeated.append(args), real(*args))[1])
+
+    def decode(before: Any = lambda token: None) -> Tensor:
+        cache, logits = GrowingCache(model.config.get_text_config()), []
+        repeated.clear()
+        for token in range(6):
+            before(token)
+            logits.append(model(IDS[:, token : token + 1], past_key_values=cache).logits)
+            copy.deepcopy(cache)
+        return torch.cat(logits, 1)
+
+    layers = layers_of(model)
+    can_repeat = bool(form) or model_type != "gpt_oss"  # whose plain experts are transposed
+    got = decode()
+    assert len(repeated) == 4 * len(layers) * can_repeat
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "_repeat_call", lambda *_: None)
+        assert torch.equal(got, decode())
+    norm = layers[0].post_attention_layernorm
+    seen: list[Any] = []
+
+    def change(token: int) -> None:
+        if token == 3:
+            norm.weight = nn.Parameter(2 * norm.weight)
+        if token == 4:
+            handles.append(layers[0].self_attn.o_proj.register_forward_hook(lambda *args: seen.append(args)))
+
+    handles: list[Any] = []
+    got = decode(change)
+    assert len(seen) == 2
+    handles[0].remove()
+    norm.weight = nn.Parameter(norm.weight / 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "_repeat_call", lambda *_: None)
+        assert torch.equal(got, decode(change))
+    handles[1].remove()
 
 
 # ---- where the modules run -------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ inline Ints add_products(Ints sum, Bytes codes, Bytes x, Ints s) {
   const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(a))), high = vpaddlq_s16(vmull_high_s8(w, a));
   return sum + reinterpret_cast<Ints>(vpaddq_s32(low, high)) * s;
 #else
-  Ints products;
+  Ints products{};
   for (int l = 0; l < kLanes; ++l) {
     int32_t product = 0;
     for (int i = 4 * l; i < 4 * l + 4; ++i) product += codes[i] * x[i];

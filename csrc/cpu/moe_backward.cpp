@@ -285,7 +285,7 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
                .token_indices = slots.token_indices,
                .dtype = args.x.dtype,
                .out = args.grad_x,
-               .accumulate = false,
+               .accumulate = args.adds_x,
                .adapter = first.terms()},
               context);
   }

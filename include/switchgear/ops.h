@@ -316,7 +316,8 @@ struct MoeForwardArgs {
   TensorView y;  // out [T,H]
   TensorView h;  // out [S,N], optional: the pre-activation in slot order, which backward needs; zero rows at the tail
   // [T,H] float32, instead of y: what moe_forward rounds to y is added to it, expert by expert. So calls with disjoint ascending
-  // ranges of the experts, from zeros on, leave sums that round to the bits of one call. On the CPU, without dropout.
+  // ranges of the experts, from zeros on, leave sums that round to the bits of one call. On the CPU. The masks of dropout are
+  // those of the slots of this call.
   TensorView sums;
 
   const TensorView& out() const { return sums.defined() ? sums : y; }
@@ -345,6 +346,7 @@ struct MoeBackwardArgs {
   TensorView grad_down_a;
   TensorView grad_down_b;
   bool adds = false;  // to grad_gate_up_proj and grad_down_proj, each rounded before: the bits of two tensors and a sum
+  bool adds_x = false;  // to grad_x, which is float32 then, as moe_forward to sums. On the CPU
 };
 void moe_backward(const MoeBackwardArgs& args, Execution exec = {});
 

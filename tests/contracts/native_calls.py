@@ -394,7 +394,9 @@ def native_arguments(op: str, args: dict[str, Any]) -> tuple[Any, ...]:
         given = [*Layer(*inputs[first : first + 8], *options)]
         del inputs[first : first + 8]
     if function == "moe_backward":
-        outputs += [None, None, None, None, False]  # no adapters; it does not add
+        outputs += [None, None, None, None, False, False]  # no adapters; it does not add
+    if function == "moe_accumulate":
+        outputs += [None]  # h
     return tuple(inputs), tuple(given), tuple(outputs), args["num_threads"]
 
 

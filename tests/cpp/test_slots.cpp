@@ -333,7 +333,6 @@ TEST(sums_that_are_errors) {
   const Case c{"sums", 3, 16, 8, 2, 1};
   const Layer l(c, DType::kBFloat16, {}, false, false, 3);
   Array y(DType::kBFloat16, {c.T, c.H}), sums(DType::kFloat32, {c.T, c.H}), low(DType::kBFloat16, {c.T, c.H});
-  const Array a(DType::kBFloat16, {c.E, 1, c.I}), b(DType::kBFloat16, {c.E, c.H, 1}), scales(DType::kFloat32, {c.E});
   const auto message = [&](auto&& change) -> std::string {
     MoeForwardArgs args{
         .x = l.x, .weights = l.weights(), .topk_ids = l.ids, .topk_weights = l.topk_weights, .sums = sums};
@@ -355,9 +354,6 @@ TEST(sums_that_are_errors) {
   refused("sums: expected shape [T=3, H=16], got", [](MoeForwardArgs& args) { --args.sums.shape[0]; });
   refused("sums: expected memory of its own", [&](MoeForwardArgs& args) { args.sums.data = args.topk_weights.data; });
   refused("y: expected none beside sums", [&](MoeForwardArgs& args) { args.y = y; });
-  refused("dropout: expected none beside sums, got 0.5", [&](MoeForwardArgs& args) {
-    args.weights.down_adapter = {.a = a, .b = b, .scales = scales, .dropout = 0.5};
-  });
 }
 
 // Strides that no kernel follows are errors that name the tensor, and so are planes past the memory of the data.

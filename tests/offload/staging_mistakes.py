@@ -68,9 +68,6 @@ MISTAKES = (
             """            yield Wave(experts[at], experts[end - 1], at == 0 and end == len(experts))
             self._upload()
 """),
-    Mistake("cache.py", "slots of a call without waves are not uploaded",
-            '        """With all experts in memory."""\n        self._upload()\n',
-            '        """With all experts in memory."""\n'),
     Mistake("cache.py", "slots of guesses are not uploaded",
             "        self._is_stale = True\n        reads",
             "        self._is_stale |= is_urgent\n        reads"),
@@ -79,9 +76,6 @@ MISTAKES = (
     Mistake("cache.py", "another stream does not wait for the last one",
             "            stream.wait_event(self.stream.record_event())\n", "            pass\n"),
     Mistake("cache.py", "the last stream is that of the first call", "        self.stream = stream\n", ""),
-    Mistake("cache.py", "a call needs what is not there yet",
-            "                self._arrive(key)\n            return self._compute(compute)",
-            "                pass\n            return self._compute(compute)"),
     Mistake("hot_cold.py", "kernels do not wait for experts",
             "        device.compute().wait_event(device.copies.record_event())\n", ""),
     Mistake("hot_cold.py", "experts are copied to memory that is in use",

@@ -52,7 +52,7 @@ class Kernels:
         self.cache = self.offloaded._cache
         self.reader = self.store.reader
 
-    def call(self, index: int, topk_ids: Tensor, *, together: bool = False) -> None:
+    def call(self, index: int, topk_ids: Tensor, *, predicts: bool = True) -> None:
         layer = self.cache.layers[index]
         experts = sorted(set(topk_ids.flatten().tolist()) - {-1})
         done: list[int] = []
@@ -65,7 +65,7 @@ class Kernels:
                 if self.chance.random() < 0.5:
                     self.device.go_on()
 
-        layer.run(torch.zeros(len(topk_ids), 32), topk_ids, compute, together=together)
+        layer.run(torch.zeros(len(topk_ids), 32), topk_ids, compute, predicts=predicts)
         assert done == experts
 
     def read_on(self) -> None:
@@ -120,11 +120,11 @@ def run_steps(seed: int, model: torch.nn.Module | None = None, steps: int = 50) 
     for step in range(steps):
         kernels.reader.late = chance.random() < 0.7
         ids = torch.randint(-1, E, (chance.choice((1, 1, 1, 4)), 2), dtype=torch.int32)
-        together = chance.random() < 0.3 and len(set(ids.flatten().tolist()) - {-1}) <= options["slots"]
+        predicts = chance.random() > 0.3
         stream = other if seed % 7 == 0 and chance.random() < 0.3 else kernels.device.streams[1]
         with kernels.device.on_stream(stream):
             kernels.read_on()
-            kernels.call(step % 3 if chance.random() < 0.8 else chance.randrange(3), ids, together=together)
+            kernels.call(step % 3 if chance.random() < 0.8 else chance.randrange(3), ids, predicts=predicts)
         check(kernels.offloaded)
     kernels.finish()
     return kernels

@@ -30,6 +30,8 @@ COMMANDS = {
     "offload-plan": "predict the hits of a cache of experts, by policy and size, on your text",
     "offload-store": "write the experts of a checkpoint into a store, to run a model bigger than memory",
     "store": "write a checkpoint with its experts and linear layers in stored forms, for from_pretrained",
+    "serve": "serve a model by transformers' OpenAI-style API",
+    "chat": "chat with a model in the terminal",
     "convert": "convert checkpoints: dense to MoE and back, merges, layouts of experts",
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",

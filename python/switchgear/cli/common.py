@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -211,18 +212,28 @@ positive = at_least(1)
 above_zero = _number(Positive, "a number above 0")
 not_negative = _number(NotNegative, "a number of at least 0")
 seed = _number(Seed, "an integer of 64 bits")
+UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", "K", "M", "G", "T"))}
 
 
-def settings(texts: Iterable[str], what: str, taken: Collection[str] = ()) -> dict[str, Any]:
-    """The options of `what` that --set NAME=VALUE gives, a value as JSON or a word. CommandError for a text of another
-    form, a name that the command sets itself, and a name that comes twice."""
+def size(text: str) -> int:
+    """Bytes: 8G, 512M, 1.5G; units are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    number = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a size like 8G or 512M, got {text!r}")
+    return number
+
+
+def settings(texts: Iterable[str], what: str, taken: Collection[str] = (), *, option: str = "set") -> dict[str, Any]:
+    """The options of `what` that --set NAME=VALUE gives (or --`option`), a value as JSON or a word. CommandError for a
+    text of another form, a name that the command sets itself, and a name that comes twice."""
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier() or name in taken:
-            raise CommandError(f"--set: expected NAME=VALUE, an option of {what}, got {text!r}")
+            raise CommandError(f"--{option}: expected NAME=VALUE, an option of {what}, got {text!r}")
         if name in found:
-            raise CommandError(f"--set: expected each option once, got {name} twice")
+            raise CommandError(f"--{option}: expected each option once, got {name} twice")
         try:
             found[name] = json.loads(value)
         except ValueError:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,19 @@ from torch import Tensor
 
 from . import checkpoint
 from .checkpoint import cut_texts, find_folder, load_model, read_texts
-from .common import Advance, CommandError, above_zero, check_file, console, positive, progress, require, table
-
-UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", "K", "M", "G", "T"))}
-
-
-def size(text: str) -> int:
-    """Bytes: 8G, 512M, 1.5G; units are powers of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
-    number = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a size like 8G or 512M, got {text!r}")
-    return number
+from .common import (
+    UNITS,
+    Advance,
+    CommandError,
+    above_zero,
+    check_file,
+    console,
+    positive,
+    progress,
+    require,
+    size,
+    table,
+)
 
 
 # fmt: off

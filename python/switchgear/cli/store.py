@@ -22,13 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint of a Hugging Face model")
     add("--out", required=True, metavar="DIR", help="folder of the result; it must not exist")
+    add_forms(parser)
+    add("--dtype", choices=DTYPES, default=_OF_CONFIG, help="of plain weights; auto: that of the checkpoint")
+
+
+def add_forms(parser: argparse.ArgumentParser) -> None:
+    """The forms of experts and linear layers."""
+    add = parser.add_argument
     add("--form", metavar="NAME",
         help=f"of the experts: int8, int4, fp8, ... ({page('weights')}); without it they stay as they are")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of --form: group_size=64")
     add("--linears", metavar="NAME", help="form of the linear layers; without it they stay as they are")
     add("--skip", metavar="PATTERN", action="append",
         help=f"linear layers that stay plain, by path or a name in it (default: {' '.join(PLAIN_LINEARS)})")
-    add("--dtype", choices=DTYPES, default=_OF_CONFIG, help="of plain weights; auto: that of the checkpoint")
 # fmt: on
 
 

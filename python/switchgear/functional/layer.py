@@ -115,10 +115,8 @@ def apply_layer(
     biases: Biases,
     options: tuple[Any, ...],
     autocast: str | None,
-    source: Any = None,
 ) -> Tensor:
-    """moe of `rows_of`. autocast: the device type whose torch.autocast is on and gave x and biases their dtype. source:
-    of the weights, if they are offloaded and in memory now."""
+    """moe of `rows_of`. autocast: the device type whose torch.autocast is on and gave x and biases their dtype."""
     if callable(options[0]):
         return _moe_in_stages(x, topk_ids, topk_weights, weights, biases, options)
     (gate_up_proj, down_proj), is_direct = weights, None
@@ -135,7 +133,7 @@ def apply_layer(
         if first.trained is None or second.trained is None:
             return _moe_in_stages(x, topk_ids, topk_weights, weights, biases, options)
         _check_both_trained(first, second, biases)
-    layer = _layer_of(x, first, second, biases, topk_ids, topk_weights, options)
+    layer = build_layer(x, first, second, biases, topk_ids, topk_weights, options)
     gate_up_bias, down_bias = layer[4:6]
     if is_direct is None:
         known = first.needs_no_dispatch and second.needs_no_dispatch
@@ -144,7 +142,7 @@ def apply_layer(
         is_direct = ops.needs_no_dispatch(x, gate_up_bias, down_bias, topk_ids, topk_weights, *others)
     if needs_autograd(x, gate_up_bias, down_bias, topk_weights, *first.leaves, *second.leaves):
         is_direct = is_direct and not is_transformed()
-        inputs = inputs_of(x, Layer(*layer), (first.trained, second.trained), source, is_direct)
+        inputs = inputs_of(x, Layer(*layer), (first.trained, second.trained), None, is_direct)
         y = apply(Moe, *inputs)[0]
         return y
     if is_direct:
@@ -152,7 +150,7 @@ def apply_layer(
     return ops.layer_forward(x, Layer(*layer), False)[0]
 
 
-def _layer_of(
+def build_layer(
     x: Tensor,
     first: Operand,
     second: Operand,
@@ -279,5 +277,5 @@ def accumulate(
     if needs_autograd(sums, x, *biases, topk_weights, *first.leaves, *second.leaves):
         raise ValueError("moe_accumulate: expected no tensor that needs a gradient, or torch.no_grad()")
     biases = as_dtype("gate_up_bias", biases[0], x.dtype), as_dtype("down_bias", biases[1], x.dtype)
-    layer = _layer_of(x, first, second, biases, topk_ids, topk_weights, options)
+    layer = build_layer(x, first, second, biases, topk_ids, topk_weights, options)
     ops.layer_accumulate(x, Layer(*layer), sums)

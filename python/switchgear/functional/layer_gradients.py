@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
     counts: tuple[int, ...]  # tensors of both projections and of both adapters without derivatives, and frozen ones
     options: tuple[Any, ...]
     dropout: Sequence[float]
-    source: Any  # loads the experts, which backward needs again; None if they are in memory
+    source: Any  # an offload.waves.LayerInWaves, which runs the layer; None if its experts are in memory
     needs_no_dispatch: bool  # in forward
 
     def layer_of(self, inputs: Sequence[Any]) -> tuple[Layer, Tensor | None]:
@@ -68,7 +68,7 @@ def inputs_of(
     """The inputs of Moe: a recipe, the tensors of which GRADIENTS are the gradients, and the other tensors.
 
     trained: experts of both projections that train alone, or None. Their gradients replace those of the projections and
-    biases, which are frozen. source: of experts that are in memory now.
+    biases, which are frozen. source: runs the layer, if its experts are offloaded.
     """
     frozen: tuple[Tensor | None, ...] = ()
     given, experts = ops.differentiable(x, layer), None
@@ -101,7 +101,8 @@ class Moe(torch.autograd.Function):
     @staticmethod
     def forward(recipe: Recipe, *inputs: Any) -> Any:
         layer, _ = recipe.layer_of(inputs)
-        return ops.layer_forward(inputs[0], layer, True, recipe.needs_no_dispatch)
+        run = ops.layer_forward if recipe.source is None else recipe.source.forward
+        return run(inputs[0], layer, True, recipe.needs_no_dispatch)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -122,12 +123,8 @@ class Moe(torch.autograd.Function):
 
         def compute(grad_y: Tensor, h: Tensor, *inputs: Any) -> Any:
             layer, experts = recipe.layer_of(inputs)
-
-            def of_layer(*_: Any) -> Any:
-                return ops.layer_backward(grad_y, inputs[0], h, layer, needs, experts, is_direct)
-
-            source = recipe.source
-            found = of_layer() if source is None else source.run(inputs[0], layer.topk_ids, of_layer, together=True)
+            run = ops.layer_backward if recipe.source is None else recipe.source.backward
+            found = run(grad_y, inputs[0], h, layer, needs, experts, is_direct)
             # torch 2.8 compiles no generator here.
             return tuple([grad if need else None for grad, need in zip(found, needs, strict=True)])
 

@@ -43,6 +43,7 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.length = 0
         self.memory: tuple[Tensor, Tensor] | None = None  # [B,J,C,D] and [B,J,C,V]
         self.expanded: GrowingLayer | None = None  # see `expand`
+        self.call: Any = None  # a LayerCall; False if the layer has none
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]

@@ -36,9 +36,10 @@ from switchgear.integrations.forwards import (
     replace_forward,
     runs_own_forward,
 )
+from switchgear.integrations.layer_calls import LayerCall
 from switchgear.integrations.layer_classes import LayerClass, find_layer_class
 from switchgear.integrations.layer_trials import divides_by_root_mean_square, find_difference, find_form
-from switchgear.integrations.whole_blocks import run_block
+from switchgear.integrations.whole_blocks import find_operands, run_block
 from switchgear.layers.linear import StoredLinear
 from switchgear.weights import Weight
 from switchgear.weights.module import matrix_of
@@ -66,12 +67,15 @@ def _run_layer(
 ) -> Tensor | None:
     """The layer's output, or None if its own forward has to run."""
     cache = past_key_values if cache is None else cache
-    if any(value for name, value in others.items() if name not in _IGNORED):
+    if any(value is not None and value is not False for name, value in others.items() if name not in _IGNORED):
         return None
     if position_embeddings is None and known.rotation.pairs != "none":
         return None
     if torch.compiler.is_compiling() or _has_any_global_hook() or in_autocast(hidden_states.device.type):
         return None
+    y = _repeat_call(layer, known, hidden_states, attention_mask, position_ids, cache, position_embeddings)
+    if y is not None:
+        return y
     if hidden_states.dim() != 3 or not hidden_states.is_cpu or not runs_natively(hidden_states.dtype):
         return None
     try:
@@ -121,6 +125,8 @@ def _run_layer(
             keys, values,
         )  # fmt: skip
         y, residual = y.view(hidden_states.shape), residual.view(hidden_states.shape)
+        if keeping.call is None:
+            keeping.call = _prepare_call(layer, known, hidden_states, operands, norms)
     else:
         x = _normalize(first, hidden_states) if known.is_centred else rms_norm(hidden_states, *_read_rms(first))
         if known.is_latent:
@@ -153,6 +159,49 @@ def _run_layer(
     mixed = _run_blocks(layer, known, y)
     total: Tensor = residual + (mixed if scale == 1 else mixed * scale)
     return total
+
+
+def _prepare_call(layer: Any, known: LayerClass, x: Tensor, projections: tuple[Any, ...], norms: Any) -> Any:
+    """The LayerCall of a layer whose attention is one op, if its block can be in it; else False."""
+    name, *others = known.blocks
+    block = layer._modules[name]
+    if layer.training or others or (operands := find_operands(block, x)) is None:
+        return False
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
+    (q_weight, eps), (k_weight, _) = norms
+    if not all(t is None or t.is_contiguous() for t in (first.weight, second.weight, q_weight, k_weight)):
+        return False
+    *of_block, choice = operands
+    weights = first.weight, second.weight, *projections, q_weight, k_weight
+    sinks = getattr(layer.self_attn, "sinks", None)
+    numbers = first.variance_epsilon, eps, second.variance_epsilon
+    config = block._modules["experts"].config
+    return LayerCall(layer, config, x.dtype, numbers, (weights, tuple(of_block), sinks), choice)
+
+
+def _repeat_call(
+    layer: Any, known: LayerClass, x: Tensor, mask: Any, position_ids: Any, cache: Any, angles: Any
+) -> Tensor | None:
+    """The layer's output by the call of an earlier token, or None if there is none that still holds."""
+    attention = layer._modules["self_attn"]
+    layers, index = getattr(cache, "layers", ()), attention.layer_idx
+    if index >= len(layers) or type(keeping := layers[index]) is not GrowingLayer or torch.is_grad_enabled():
+        return None
+    if not (call := keeping.call) or keeping.memory is None or getattr(cache, "offloading", False):
+        return None
+    if not call.is_current(layer):
+        keeping.call = None
+        return None
+    if x.dtype is not call.dtype or x.dim() != 3 or not (x.is_contiguous() and ops.needs_no_dispatch(x)):
+        return None
+    if (seen := _read_mask(attention, mask, position_ids, x, cache)) is None:
+        return None
+    keys, values = keeping.lengthen(x.shape[1])
+    sinks = None if call.sinks is None else call.sinks.float()
+    options = (
+        known.rotation.count(angles[0]), keeping.length, attention.scaling, seen.window or 0, *call.eps, call.choice
+    )  # fmt: skip
+    return ops.decoder_layer_on_host(x, call.weights, angles, (seen.starts, sinks), call.block, options, keys, values)
 
 
 _NO_NORMS = ((None, 1e-6), (None, 1e-6))

@@ -48,7 +48,7 @@ from switchgear.integrations.transformers import accelerate
 from switchgear.reference import gguf
 from switchgear.weights.adapted import has_adapters
 from switchgear.weights.form import FORMS, Layout, embedding_layout_of, layout_of, linear_layout_of
-from switchgear.weights.gguf import gguf_weight
+from switchgear.weights.gguf import encode_rows, gguf_weight
 from switchgear.weights.module import (
     FLOATS,
     Kind,
@@ -495,4 +495,4 @@ def _encode(name: str, part: _Part, kind: str) -> Tensor:
         return data.to(PLAIN[kind][1])
     if not all(row.isfinite().all() for row in data):
         raise ValueError(f"{name}: expected finite numbers to encode as {kind}")
-    return gguf.encode(kind, data)
+    return encode_rows(kind, data)

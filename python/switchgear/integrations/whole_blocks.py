@@ -37,6 +37,7 @@ from switchgear.integrations.forwards import (
 from switchgear.integrations.gates import find_gate
 from switchgear.integrations.linears import multiply
 from switchgear.integrations.modules import NAME, weights_in
+from switchgear.weights import Weight
 
 _has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 
@@ -164,6 +165,61 @@ def _run_whole(block: Any, known: BlockClass, hidden_states: Tensor, with_gradie
         topk_weights = topk_weights.to(x.dtype)
     y = run_fused(x, chosen.topk_ids, topk_weights, weights, gate).view(hidden_states.shape)
     return y if known.shared is None else y + block._modules[known.shared](hidden_states)
+
+
+def find_operands(block: Any, x: Tensor) -> tuple[Any, ...] | None:
+    """What `_run_whole` passes to the kernels for an x like this one: (tensors of the router, fields of Layer without
+    choices, options of a choice), as DecoderLayerArgs has them. None if the block adds or converts something."""
+    forward, known = vars(block).get("forward"), find_block_class(block)
+    if known is None or known.shared is not None or has_hooks(block):
+        return None
+    if (forward is not None and not hasattr(getattr(forward, "__func__", None), "runs_whole")) or block.training:
+        return None
+    try:
+        router: Any = get_part(block, known.router_name, known.router)
+        experts: Any = get_part(block, "experts", known.experts)
+    except Bypassed:
+        return None
+    if experts.config._experts_implementation != NAME or (gate := find_gate(experts)) is None:
+        return None
+    weights, options = weights_in(experts), known.options(router)
+    projections = [_find_operand(weight, x.dtype) for weight in weights[:2]]
+    tensors = (router.weight, options.pop("bias", None), options.pop("selection_bias", None))
+    others = [t for t in (*tensors, *weights[2:]) if t is not None]
+    if None in projections or not all(type(t) is nn.Parameter and t.is_contiguous() for t in others):
+        return None
+    if any(t.dtype is not x.dtype for t in others) or (known.rounds and x.dtype is torch.float16):
+        return None
+    first: Any
+    second: Any
+    first, second = projections
+    choice = RouteOptions(**options)
+    return (
+        tensors,
+        (*first, *second, *weights[2:], None, None, *gate, None, None, None, ()),
+        (*choice, router.top_k, known.rounds),
+    )
+
+
+class RouteOptions(NamedTuple):
+    """Those of gate_route, in the order of its op."""
+
+    score_function: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score: str = "max"
+
+
+def _find_operand(weight: Any, dtype: torch.dtype) -> tuple[Any, tuple[int, ...]] | None:
+    """The tensors and the form of a projection that is multiplied as it is, and not a view, which a parameter with new
+    data would leave behind."""
+    if type(weight) is nn.Parameter:
+        return (weight, ()) if weight.dtype is dtype and 1 in weight.stride()[-2:] else None
+    if type(weight) is Weight and (operand := weight.direct_operand()) is not None:
+        return operand.tensors, operand.form
+    return None
 
 
 # ---- blocks that run their own code ----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def offload(
 
     On a GPU, records are read into pinned memory and copied from there on a stream of their own, while kernels run.
 
-    Gradients reach x, topk_weights, biases and adapters, if the experts of a step fit into the slots. Not supported:
+    Gradients reach x, topk_weights, biases and adapters; backward reads the experts once more. Not supported:
     expert parallelism, and experts of Hugging Face models that do not run on the fused kernel; on a GPU, the forms
     "compact" and "panels", which have no kernels there, and gradients through plain experts.
 

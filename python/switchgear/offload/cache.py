@@ -200,7 +200,7 @@ class CachedLayer(LoadsExperts):
         topk_ids: Tensor,
         compute: Callable[[Iterator[Wave] | None], Any],
         *,
-        together: bool = False,
+        predicts: bool = True,
     ) -> Any:
         cache = self.cache
         cache.refuse_fork(self.name)
@@ -215,18 +215,12 @@ class CachedLayer(LoadsExperts):
         with cache.lock:
             if cache.is_closed:
                 raise RuntimeError(f"{self.name}: the cache is closed")
-            if together and len(experts) > self.residency.capacity:
-                raise ValueError(
-                    f"{self.name}: expected at most {self.residency.capacity} experts in a step with gradients, the "
-                    f"slots of the cache, got {len(experts)}; pass more slots or "
-                    "fewer tokens, or call it under torch.no_grad()"
-                )
             if cache.is_disturbed:
                 cache.repair()
             cache.is_disturbed = True
             if cache.device is not None:
                 cache.follow()
-            result = self._run(experts, x, topk_ids, compute, together)
+            result = self._run(experts, x, topk_ids, compute, predicts)
             cache.is_disturbed = False
             return result
 
@@ -236,7 +230,7 @@ class CachedLayer(LoadsExperts):
         x: Tensor,
         topk_ids: Tensor,
         compute: Callable[[Iterator[Wave] | None], Any],
-        together: bool,
+        predicts: bool,
     ) -> Any:
         cache, counts = self.cache, self.counts
         turn = self.residency.run(self.index, experts, cache.moment)
@@ -244,7 +238,7 @@ class CachedLayer(LoadsExperts):
         counts.hits += len(turn.hits)
         counts.misses += len(turn.misses)
         counts.bytes += sum(self.reads[key - self.first][2] for key in turn.misses)
-        begins_guesses = cache.predictor is not None and not together
+        begins_guesses = cache.predictor is not None and predicts
         if not turn.misses and not cache.pending and not cache.guesses and not begins_guesses:
             return self._compute(compute)
         needed = {self.first + expert for expert in experts}
@@ -259,13 +253,6 @@ class CachedLayer(LoadsExperts):
         begun = self._begin(turn.misses)
         if begins_guesses:
             cache.guess(self.index, x, topk_ids)
-        if together:
-            misses = turn.misses[begun:]
-            for key in sorted(needed):
-                while key not in cache.rows:
-                    misses = misses[self._begin(misses, needs_one=True) :]
-                self._arrive(key)
-            return self._compute(compute)
         if not turn.misses and not any(key in cache.pending for key in needed):
             return self._compute(compute)
         result = compute(self._waves(experts, turn.misses[begun:], passing))

@@ -15,8 +15,8 @@ from switchgear.ops.registration import dense, matrix, register, rows
 from switchgear.reference import attention
 
 __all__ = [
-    "attend", "attend_on_host", "attention_block_on_host", "rms_norm", "rms_norm_on_host", "rotate_heads",
-    "rotate_heads_on_host",
+    "attend", "attend_on_host", "attention_block_on_host", "decoder_layer_on_host", "rms_norm", "rms_norm_on_host",
+    "rotate_heads", "rotate_heads_on_host",
 ]  # fmt: skip
 
 
@@ -153,3 +153,24 @@ def attention_block_on_host(
     total = torch.empty_like(y)
     host.module.attention_block(inputs, options, (keys, values, y, total), host.execution())
     return y, total
+
+
+def decoder_layer_on_host(
+    x: Tensor,
+    weights: tuple[Any, ...],
+    angles: tuple[Tensor, Tensor],
+    limits: tuple[Tensor | None, Tensor | None],
+    block: tuple[Any, ...],
+    options: tuple[Any, ...],
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """attention_block_on_host, gate_route and moe on its rows, and the sum of both, with their bits: [B,T,H].
+
+    weights, angles (cos, sin), limits (starts, sinks): the other inputs of attention_block in their order, in layouts
+    that the kernels take. block: (weight, bias, selection_bias) of the router, and the fields of Layer with None for
+    the choices. options: those of attention_block, and those of `route` with top_k and whether weights are rounded."""
+    y = torch.empty_like(x)
+    inputs = (x, *weights, rows(angles[0]), rows(angles[1]), *limits, *block)
+    host.module.decoder_layer(inputs, options, (keys, values, y.view(-1, x.shape[2])), host.execution())
+    return y

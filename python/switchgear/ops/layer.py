@@ -19,9 +19,9 @@ from switchgear.ops.registration import matrix, register, rows, usable
 from switchgear.reference.layer import NUM_REQUIRED, GluOptions, Layer
 
 __all__ = [
-    "GRADIENTS", "GluOptions", "Layer", "differentiable", "layer_accumulate", "layer_backward", "layer_forward",
-    "moe_accumulate", "moe_backward", "moe_backward_on_host", "moe_forward", "moe_forward_on_host", "needs_no_dispatch",
-    "plain_layer_on_host",
+    "GRADIENTS", "GluOptions", "Layer", "differentiable", "layer_accumulate", "layer_backward",
+    "layer_backward_to_sums", "layer_forward", "moe_accumulate", "moe_backward", "moe_backward_on_host", "moe_forward",
+    "moe_forward_on_host", "needs_no_dispatch", "plain_layer_on_host",
 ]  # fmt: skip
 
 _TYPES = {
@@ -190,7 +190,7 @@ def plain_layer_on_host(
 
 
 def _accumulate(kernels: Kernels, x: Tensor, layer: Layer, sums: Tensor) -> None:
-    kernels.module.moe_accumulate((rows(x),), _for_kernels(layer), (sums,), kernels.execution())
+    kernels.module.moe_accumulate((rows(x),), _for_kernels(layer), (sums, None), kernels.execution())
 
 
 moe_accumulate: Callable[..., None] = register(
@@ -202,9 +202,17 @@ moe_accumulate: Callable[..., None] = register(
 )
 
 
-def layer_accumulate(x: Tensor, layer: Layer, sums: Tensor) -> None:
-    """The op moe_accumulate, which takes no dropout."""
-    moe_accumulate(x, *layer[:NUM_REQUIRED], sums, layer.gate_up_adapter, layer.down_adapter)
+def layer_accumulate(x: Tensor, layer: Layer, sums: Tensor, h: Tensor | None = None) -> None:
+    """The op moe_accumulate, which takes no dropout. With h [S,N], for training: it is written, and dropout is taken;
+    the reference rounds what it adds to `sums`."""
+    if h is None:
+        moe_accumulate(x, *layer[:NUM_REQUIRED], sums, layer.gate_up_adapter, layer.down_adapter)
+    elif x.is_cpu and backends.runs_natively(x.dtype):
+        host.module.moe_accumulate((rows(x),), _for_kernels(layer), (sums, h), host.execution())
+    else:
+        y, own = layer_forward(x, layer, True)
+        sums += y
+        h.copy_(own)
 
 
 # ---- moe_backward ----------------------------------------------------------------------------------------------------
@@ -262,10 +270,14 @@ def _backward(
     layer: Layer,
     needs: Sequence[bool],
     experts: Tensor | None,
+    sums: Tensor | None = None,
 ) -> list[Tensor | None]:
+    if sums is not None:
+        needs = False, *needs[1:]
     grads = _allocate_needed(x, layer, needs, experts, kernels.empty_weight)
     inputs = (rows(grad_y), rows(x), rows(h), None if experts is None else experts.contiguous())
-    kernels.module.moe_backward(inputs, _for_kernels(layer), (*grads, False), kernels.execution())
+    outputs = (grads[0] if sums is None else sums, *grads[1:], False, sums is not None)
+    kernels.module.moe_backward(inputs, _for_kernels(layer), outputs, kernels.execution())
     return grads
 
 
@@ -294,6 +306,20 @@ def layer_backward(
     return moe_backward(grad_y, x, h, *layer[:NUM_REQUIRED], needs, *layer[NUM_REQUIRED:], experts)
 
 
+def layer_backward_to_sums(
+    sums: Tensor | None, grad_y: Tensor, x: Tensor, h: Tensor, layer: Layer, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """layer_backward on the host that adds the gradient of x to sums [T,H], if there are any, in the order of
+    moe_accumulate. The reference rounds what it adds."""
+    if backends.runs_natively(x.dtype):
+        return _backward(host, grad_y, x, h, layer, (False, *needs[1:]), None, sums)
+    grads = layer_backward(grad_y, x, h, layer, (sums is not None, *needs[1:]))
+    if sums is not None:
+        assert grads[0] is not None
+        sums += grads[0]
+    return grads
+
+
 def moe_backward_on_host(
     weight_gradients: tuple[Tensor | None, Tensor | None],
     grad_y: Tensor,
@@ -306,6 +332,6 @@ def moe_backward_on_host(
     projections are added to `weight_gradients`, which have the strides of the projections, and are None here; None,
     too, for one that is not needed."""
     grads = _allocate_needed(x, layer, (needs[0], False, False, *needs[3:6]), None)
-    outputs = (grads[0], *weight_gradients, *grads[3:], True)
+    outputs = (grads[0], *weight_gradients, *grads[3:], True, False)
     host.module.moe_backward((rows(grad_y), rows(x), h, None), _for_kernels(layer), outputs, host.execution())
     return grads

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from switchgear.checks import checked
+from switchgear.reference.integers import sum_columns
 
 FIRST = 10  # number of the first type in a form
 WIDE = 256  # columns of a block of the types with integer scales
@@ -199,7 +200,7 @@ def _search(x: Tensor, scales: Sequence[Tensor], round_: Callable[[Tensor], Tens
     best, gain = torch.zeros_like(scales[0]), torch.zeros_like(scales[0])
     for tried in scales:
         q = round_(x * _inverse(tried)[..., None])
-        products, squares = (q * x).sum(-1), (q * q).sum(-1).clamp_(min=1)
+        products, squares = sum_columns(q * x)[..., 0], sum_columns(q * q)[..., 0].clamp_(min=1)
         removed = products * products / squares  # from the sum of squares
         best = torch.where(removed > gain, products / squares, best)
         gain = torch.maximum(gain, removed)
@@ -283,23 +284,23 @@ def _search_scale(x: Tensor, low: int, high: int) -> Tensor:
 def _search_range(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """For groups [..., columns] the scale and the min, at least 0, of scale · q - min, 0 <= q <= most, [...]."""
     low, high = torch.aminmax(x, dim=-1)
-    low = low.clamp(max=0)
-    best, lowest = (high - low) / most, -low
+    low, high = low.clamp(max=0), high + 0  # no -0
+    best, lowest = (high - low) / most, 0 - low
     error = torch.full_like(low, torch.inf)
     for step in range(-4, 9, 2):
         inverse = _inverse(high - low)[..., None] * (most + 0.1 * step)
         q = ((x - low[..., None]) * inverse).round_().clamp_(0, most)
         # least squares of scale and min for these codes
-        n, sums, squares = x.shape[-1], q.sum(-1), (q * q).sum(-1)
-        of_x, products = x.sum(-1), (q * x).sum(-1)
+        n, sums, squares = x.shape[-1], sum_columns(q)[..., 0], sum_columns(q * q)[..., 0]
+        of_x, products = sum_columns(x)[..., 0], sum_columns(q * x)[..., 0]
         determinant = n * squares - sums * sums
         scale = (n * products - sums * of_x) / torch.where(determinant > 0, determinant, 1)
         offset = (squares * of_x - sums * products) / torch.where(determinant > 0, determinant, 1)
         alone = products / squares.clamp(min=1)
         scale, offset = torch.where(offset > 0, alone, scale), offset.clamp(max=0)
-        left = ((scale[..., None] * q + offset[..., None] - x) ** 2).sum(-1)
+        left = sum_columns((scale[..., None] * q + offset[..., None] - x).square())[..., 0]
         is_better = (left < error) & (determinant > 0) & (scale > 0)
-        best, lowest = torch.where(is_better, scale, best), torch.where(is_better, -offset, lowest)
+        best, lowest = torch.where(is_better, scale, best), torch.where(is_better, 0 - offset, lowest)
         error = torch.where(is_better, left, error)
     return best, lowest
 

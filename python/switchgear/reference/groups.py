@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from switchgear.reference.checks import divide_up
-from switchgear.reference.integers import inverse, present_columns, slice_rows
+from switchgear.reference.integers import Kernel, inverse, present_columns, slice_rows, sum_columns
 from switchgear.reference.minifloat import (
     COLUMNS,
     ROWS,
@@ -59,9 +59,15 @@ class Blocks(NamedTuple):
 
 
 def quantize(
-    weight: Tensor, bits: Sequence[int], group_size: int, symmetric: bool = True, name: str = "weight"
+    weight: Tensor,
+    bits: Sequence[int],
+    group_size: int,
+    symmetric: bool = True,
+    name: str = "weight",
+    kernel: Kernel | None = None,
 ) -> Levels:
-    """Quantizes a weight [E,N,C] to `bits[e]` bits for expert e: `fit` of each group, then levels to nearest.
+    """Quantizes a weight [E,N,C] to `bits[e]` bits for expert e, in plain torch or by a kernel with the same bits:
+    `fit` of each group, then levels to nearest.
 
     ValueError for NaN and infinities, and for weights whose scales float16 does not hold: too large, or all those of an
     expert zero whose weights are not. It names the weight by `name`. A group that small among others becomes zero.
@@ -72,7 +78,18 @@ def quantize(
     scales = weight.new_empty(num_experts, rows, divide_up(columns, size), dtype=torch.float16)
     zeros = None if symmetric else weight.new_zeros(scales.shape, dtype=torch.uint8)
     present = present_columns(columns, size, weight.device)
-    for some, some_bits, w in slice_rows(finite_experts(weight, name), weight.shape, bits, size):
+    experts = finite_experts(weight, name)
+    if kernel is not None:
+        for expert, matrix in enumerate(experts):
+            found = torch.empty(scales.shape[1:])
+            kernel(
+                matrix.contiguous(),
+                (q[expert], found, None if zeros is None else zeros[expert]),
+                (bits[expert], group_size),
+            )
+            scales[expert] = found
+        experts = iter(())
+    for some, some_bits, w in slice_rows(experts, weight.shape, bits, size):
         scale, zero = fit(w, present, some_bits, symmetric)
         q.flatten(0, 1)[some] = round_to_levels(w, scale, zero, some_bits).flatten(1)[:, :columns]
         scales.flatten(0, 1)[some] = scale
@@ -103,11 +120,10 @@ def fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
     scale is fitted to the resulting levels (least squares) and rounded; each group uses that with the smallest squared
     error.
     """
-    weights = present.to(w.dtype)
     middle, top = 2 ** (bits - 1), 2**bits - 1
     zero = torch.full(w.shape[:-1], middle, dtype=torch.uint8, device=w.device)
     if bits == 1:
-        return (w.abs().sum(-1) / weights.sum(-1)).half(), zero
+        return (sum_columns(w.abs())[..., 0] / present.sum(-1)).half(), zero
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     extreme = torch.where(high > -low, high, low)  # symmetric: maps to the lower end, the farther one
     best = torch.full_like(low, torch.inf, dtype=torch.float16), zero  # stays where float16 holds no scale
@@ -119,11 +135,12 @@ def fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
             scale = (high * high_share - low * low_share) / top
             zero = (-low * low_share * inverse(scale)).round_().clamp_(0, top).byte()
         levels = round_to_levels(w, scale, zero, bits).float()
-        centred = (levels - zero[..., None].float()) * weights
-        norm = centred.square().sum(-1)
-        rounded = torch.where(norm > 0, (centred * w).sum(-1) / norm, scale).half()
+        centred = (levels - zero[..., None].float()).where(present, 0)
+        norm = sum_columns(centred.square())[..., 0]
+        rounded = torch.where(norm > 0, sum_columns(centred * w)[..., 0] / norm, scale).half()
         levels = round_to_levels(w, rounded, zero, bits).float()
-        error = (((levels - zero[..., None].float()) * rounded.float()[..., None] - w) * weights).square().sum(-1)
+        difference = (levels - zero[..., None].float()) * rounded.float()[..., None] - w
+        error = sum_columns(difference.where(present, 0).square())[..., 0]
         better = error < best_error
         best = torch.where(better, rounded, best[0]), torch.where(better, zero, best[1])
         best_error = torch.where(better, error, best_error)

@@ -10,7 +10,7 @@ Weights are symmetric if all zeros are 128; zeros are then not stored. group_siz
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,9 @@ class Quantized(NamedTuple):
     zeros: Tensor | None  # [E, parts·B, G, 16] uint8
 
 
+Kernel = Callable[[Tensor, tuple[Tensor | None, ...], tuple[int, int]], None]
+"""(rows [N,C] float32, levels of them to write, (bits, group_size))."""
+
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 # Fractions of the range to try for scales: clipping the extremes a little reduces the error of a group. With zeros,
@@ -58,8 +61,21 @@ def inverse(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0, 1 / scale)
 
 
-def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: str = "weight") -> Levels:
-    """Quantizes a weight [E,N,C] to levels.
+def sum_columns(x: Tensor) -> Tensor:
+    """Sums of the last dimension, [..., 1], with the same bits in vectors of any length: halves of it, filled up to a
+    power of two with zeros, are added until one number is left."""
+    width = 1 << max(x.shape[-1] - 1, 0).bit_length()
+    x = pad(x, (0, width - x.shape[-1]))
+    while width > 1:
+        width //= 2
+        x = x[..., :width] + x[..., width:]
+    return x
+
+
+def quantize(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, name: str = "weight", kernel: Kernel | None = None
+) -> Levels:
+    """Quantizes a weight [E,N,C] to levels, in plain torch or by a kernel with the same bits.
 
     8 bits: the largest magnitude, or the range, maps to the ends. 4 bits: for some fractions of the range, scales and
     zeros are fitted to the resulting levels (least squares); each group uses the fit with the smallest squared error.
@@ -74,6 +90,13 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: 
     scales = weight.new_empty(num_experts, rows, groups, dtype=torch.int8)
     row_scales = weight.new_empty(num_experts, rows, dtype=torch.float32)
     zeros = None if symmetric else weight.new_empty(scales.shape, dtype=torch.uint8)
+    levels = Levels(q, scales, row_scales, zeros)
+    if kernel is not None:
+        for matrix, *parts in zip(
+            weight, *(tensor if tensor is not None else [None] * num_experts for tensor in levels), strict=True
+        ):
+            kernel(matrix.float().contiguous(), tuple(parts), (bits, group_size))
+        return levels
     present = present_columns(columns, size, weight.device)
     for some, _, w in slice_rows(map(Tensor.float, weight), weight.shape, [bits] * num_experts, size):
         scale, zero = _fit(w, present, bits, symmetric)
@@ -81,13 +104,13 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: 
         largest = scale.abs().amax(1, keepdim=True)
         unit = largest if groups == 1 else largest / 127
         code = (scale * inverse(unit)).round_()
-        levels = _levels(w, code * unit, zero, bits, symmetric)
-        q.flatten(0, 1)[some] = levels.flatten(1)[:, :columns].to(torch.uint8)
+        rounded = _levels(w, code * unit, zero, bits, symmetric)
+        q.flatten(0, 1)[some] = rounded.flatten(1)[:, :columns].to(torch.uint8)
         scales.flatten(0, 1)[some] = code.to(torch.int8).flatten(1)
         row_scales.flatten()[some] = unit.flatten()
         if zeros is not None:
             zeros.flatten(0, 1)[some] = (zero * 2 ** (8 - bits)).to(torch.uint8).flatten(1)
-    return Levels(q, scales, row_scales, zeros)
+    return levels
 
 
 def present_columns(columns: int, size: int, device: torch.device) -> Tensor:
@@ -141,8 +164,7 @@ def _fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
     if bits == 8:
         return start, half if symmetric else _round_zero(-low * inverse(start), bits)
 
-    weights = present.to(w.dtype)
-    count = weights.sum(-1, keepdim=True)
+    count = present.sum(-1, keepdim=True).to(w.dtype)
     best_scale, best_zero, best_error = start, half, torch.full_like(start, torch.inf)
     for low_share, high_share in zip(_SHARES, _SHARES, strict=True) if symmetric else _SHARES_OF_ENDS:
         if symmetric:
@@ -153,16 +175,16 @@ def _fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
         for _ in range(_STEPS):
             levels = _levels(w, scale, zero, bits, symmetric)
             if not symmetric:  # fit the line w = scale · (q - zero) to all (q, w)
-                mean = (levels * weights).sum(-1, keepdim=True) / count
-                centred = (levels - mean) * weights
-                norm = centred.square().sum(-1, keepdim=True)
-                scale = torch.where(norm > 0, (centred * w).sum(-1, keepdim=True) / norm, scale)
-                zero = _round_zero(mean - w.sum(-1, keepdim=True) / count * inverse(scale), bits)
-            centred = (levels - zero) * weights  # the best scale for these levels and this zero
-            norm = centred.square().sum(-1, keepdim=True)
-            scale = torch.where(norm > 0, (centred * w).sum(-1, keepdim=True) / norm, scale)
+                mean = sum_columns(levels.where(present, 0)) / count
+                centred = (levels - mean).where(present, 0)
+                norm = sum_columns(centred.square())
+                scale = torch.where(norm > 0, sum_columns(centred * w) / norm, scale)
+                zero = _round_zero(mean - sum_columns(w) / count * inverse(scale), bits)
+            centred = (levels - zero).where(present, 0)  # the best scale for these levels and this zero
+            norm = sum_columns(centred.square())
+            scale = torch.where(norm > 0, sum_columns(centred * w) / norm, scale)
         levels = _levels(w, scale, zero, bits, symmetric)
-        error = (((levels - zero) * scale - w) * weights).square().sum(-1, keepdim=True)
+        error = sum_columns(((levels - zero) * scale - w).where(present, 0).square())
         better = error < best_error
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         best_error = torch.minimum(error, best_error)

@@ -199,12 +199,30 @@ def keeps(seed: Tensor, projection: int, num_slots: int, columns: int, p: float)
     return _mix(row[:, None] + column) >= int(p * 2.0**32)
 
 
+def shift_seed(seed: Tensor, num_slots: int) -> Tensor:
+    """The seed whose masks of slots from 0 on are those of `seed` from `num_slots` on: mix is a bijection, so there is
+    an upper half for any start of the rows."""
+    low = _mix(seed & _MASK)
+    high = (_unmix(_mix(low + (seed >> 32 & _MASK)) + 2 * num_slots & _MASK) - low) & _MASK
+    high = torch.where(high >> 31 == 1, high - (1 << 32), high)  # the sign of int64
+    return (high << 32) + (seed & _MASK)
+
+
 def _mix(number: Tensor) -> Tensor:
     """A bijection of 32 bits whose every output bit depends on every input bit; int64 holds the numbers."""
     number = (number + 0x6A09E667) & _MASK  # 0 does not stay 0
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         number = ((number ^ (number >> shift)) * factor) & _MASK
     return number ^ (number >> 16)
+
+
+def _unmix(number: Tensor) -> Tensor:
+    """The inverse of _mix."""
+    number = number ^ (number >> 16)
+    for shift, factor in ((13, 0xC2B2AE35), (16, 0x85EBCA6B)):
+        number = (number * pow(factor, -1, 1 << 32)) & _MASK
+        number = number ^ (number >> shift) ^ (number >> 2 * shift)
+    return (number - 0x6A09E667) & _MASK
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------

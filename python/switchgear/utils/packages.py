@@ -14,6 +14,7 @@ from typing import Any
 SITE = "https://switchgear.readthedocs.io/en/latest/"  # as in pyproject.toml and mkdocs.yml
 EXTRAS = {  # Packages that each extra installs, for error messages.
     "bench": {"rich", "matplotlib", "PIL"},
+    "serve": {"fastapi", "uvicorn", "openai"},
     "transformers": {"transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy"},
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchgear import ops
 from switchgear.reference import gguf
 from switchgear.reference.minifloat import finite_experts
 from switchgear.weights.form import FORMS, Form, KeyedForm, on_huge_pages
@@ -24,6 +25,22 @@ SUFFIX = "_bytes"
 def gguf_weight(name: str, data: Tensor, cols: int, dtype: torch.dtype) -> Weight:
     """The weight of rows in blocks, [E, parts, N/parts, bytes of a row] uint8, without a copy. dtype: of plain()."""
     return Weight(name, data, data.shape[1] * data.shape[2], cols, dtype, parts=data.shape[1])
+
+
+NATIVE = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # types that kernels encode
+_SLICE = 1 << 22  # numbers that are widened at once
+
+
+def encode_rows(name: str, weight: Tensor) -> Tensor:
+    """reference.gguf.encode, by a kernel with the same bits where one exists."""
+    if name not in NATIVE or weight.device.type != "cpu":
+        return gguf.encode(name, weight)
+    out = torch.empty(*weight.shape[:-1], gguf.row_bytes(name, weight.shape[-1]), dtype=torch.uint8)
+    count = max(1, _SLICE // weight.shape[-1])
+    rows = weight.detach().reshape(-1, weight.shape[-1])
+    for some, numbers in zip(torch.split(out.view(-1, out.shape[-1]), count), torch.split(rows, count), strict=True):
+        ops.encode_blocks(name, numbers.float().contiguous(), some, torch.get_num_threads())
+    return out
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,7 @@ class GgufForm(KeyedForm):
         columns = gguf.TYPES[self.name].columns
         if weight.shape[-1] % columns:
             return f"{name} has {weight.shape[-1]} columns, no multiple of {columns}"
-        rows = torch.stack([gguf.encode(self.name, expert) for expert in finite_experts(weight, name)])
+        rows = torch.stack([encode_rows(self.name, expert) for expert in finite_experts(weight, name)])
         data = on_huge_pages(rows.view(len(rows), parts, -1, rows.shape[-1]))
         return gguf_weight(self.name, data, weight.shape[-1], weight.dtype)
 

@@ -10,13 +10,15 @@ Gradients reach x, topk_weights and biases.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from switchgear import ops
 from switchgear.checks import Count, Range, checked
 from switchgear.reference import groups, integers
 from switchgear.reference.formats import BITS
@@ -25,6 +27,12 @@ from switchgear.weights.form import KeyedForm, on_huge_pages
 from switchgear.weights.weight import Weight
 
 _MOST_COLUMNS = 1 << 16  # of a weight in integers
+
+
+def _kernel_for(weight: Tensor, function: Callable[..., None]) -> integers.Kernel | None:
+    if weight.device.type != "cpu" or not weight.numel():
+        return None
+    return functools.partial(function, num_threads=torch.get_num_threads())
 
 
 class _GroupSize:
@@ -58,7 +66,8 @@ class _Integers(KeyedForm):
         if weight.shape[2] > _MOST_COLUMNS:  # sums of more products do not fit int32
             return f"{name} has {weight.shape[2]} columns, and {self.name} takes at most {_MOST_COLUMNS}"
         bits = BITS[self.name]
-        levels = integers.quantize(weight.detach(), bits, self.group_size, self.symmetric, name)
+        kernel = _kernel_for(weight, ops.quantize_integers)
+        levels = integers.quantize(weight.detach(), bits, self.group_size, self.symmetric, name, kernel)
         stored = integers.to_blocks(levels, bits, parts)
         data, scales, row_scales, zeros = (None if tensor is None else on_huge_pages(tensor) for tensor in stored)
         assert data is not None
@@ -141,7 +150,8 @@ class Groups(KeyedForm):
 
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
         bits = self.bits_of(len(weight))
-        levels = groups.quantize(weight.detach(), bits, self.group_size, self.symmetric, name)
+        kernel = _kernel_for(weight, ops.quantize_groups)
+        levels = groups.quantize(weight.detach(), bits, self.group_size, self.symmetric, name, kernel)
         return weight_of(levels, weight.dtype, self.group_size, parts=parts)
 
     def save(self, weight: Weight) -> dict[str, Tensor]:

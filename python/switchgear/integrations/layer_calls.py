@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the tokens of a generation repeat for a decoder layer: the arguments of its one native call.
+
+The layer's Python code would otherwise find them anew for each token, with code and data that the weights have evicted
+from the caches. They are kept on the layer of the cache, so for a generation, and not on the model: weights that are
+replaced are freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import repeat
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FIXED = frozenset(vars(nn.Module())) - {"training"}  # what every module has, and nobody assigns
+
+
+class Snapshot:
+    """The modules in a layer as they are: hooks, forwards, parameters, buffers, submodules and plain attributes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.modules = list(layer.modules())
+        self.classes = [type(module) for module in self.modules]
+        self.distinct = list(dict.fromkeys(self.classes))
+        self.forwards = [cls.forward for cls in self.distinct]
+        self.hooks = [vars(module)[name] for module in self.modules[1:] for name in _HOOKS]
+        self.spaces: list[dict[str, Any]] = []
+        for module in self.modules:
+            self.spaces += vars(module), module._parameters, module._buffers, module._modules
+        self.size = sum(map(len, self.spaces))
+        items = [(space, *item) for space in self.spaces for item in space.items() if item[0] not in _FIXED]
+        self.owners, self.names, self.values = map(list, zip(*items, strict=True))
+
+    def is_current(self) -> bool:
+        """Whether nothing has changed. All loops are those of built-in functions."""
+        return (
+            not any(self.hooks)
+            and sum(map(len, self.spaces)) == self.size
+            and _are(map(dict.get, self.owners, self.names), self.values)
+            and _are(map(type, self.modules), self.classes)
+            and _are(map(getattr, self.distinct, repeat("forward")), self.forwards)
+        )
+
+
+def _are(now: Iterable[Any], before: list[Any]) -> bool:
+    return all(map(is_, now, before))
+
+
+class LayerCall:
+    """The arguments of `ops.decoder_layer_on_host` that stay the same, for an x of `dtype`.
+
+    Args:
+        config: names the implementation of the layer's experts.
+        eps: of the norms before, in and after the attention.
+        tensors: the arguments weights and block, and the attention's sinks.
+        choice: the last of the options.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        config: Any,
+        dtype: torch.dtype,
+        eps: tuple[float, float, float],
+        tensors: tuple[tuple[Any, ...], tuple[Any, ...], Tensor | None],
+        choice: tuple[Any, ...],
+    ) -> None:
+        self.layer, self.config, self.dtype, self.eps, self.choice = layer, config, dtype, eps, choice
+        self.weights, self.block, self.sinks = tensors
+        self.implementation = config._experts_implementation
+        self.snapshot = Snapshot(layer)
+
+    def is_current(self, layer: nn.Module) -> bool:
+        """Whether the layer is the one it was."""
+        is_same = self.layer is layer and self.config._experts_implementation == self.implementation
+        return is_same and self.snapshot.is_current()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies of a cache find their calls themselves."""
+        return type(None), ()
