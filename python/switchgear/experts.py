@@ -46,6 +46,7 @@ class Experts(nn.Module):
 
     down_proj: nn.Parameter
     down_proj_bias: nn.Parameter | None
+    activation: Any  # a name or a function; code for named ones checks
 
     @checked
     def __init__(

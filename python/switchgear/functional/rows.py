@@ -78,7 +78,7 @@ def glu(
 
 def _apply_function(activation: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> Tensor:
     """activation(*parts), in the dtype of h even if it computes in a wider one."""
-    a = convert("activation's result", activation(*parts), Tensor)
+    a: Tensor = convert("activation's result", activation(*parts), Tensor)
     if a.shape != parts[0].shape:
         raise ValueError(f"activation: expected a result of shape {list(parts[0].shape)}, got {list(a.shape)}")
     return as_dtype("activation's result", a, parts[0].dtype)

@@ -24,6 +24,8 @@ class SharedExperts(nn.Module):
     Parameters: gate_proj.weight [I,H] if gated, up_proj.weight [I,H], down_proj.weight [H,I]; their biases if bias.
     """
 
+    activation: Any  # a name or a function
+
     @checked
     def __init__(
         self,
