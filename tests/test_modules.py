@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import pickle
 import runpy
 import warnings
 from functools import partial
@@ -313,6 +314,116 @@ def test_training_reduces_the_loss(backend: str) -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.3 * losses[0]
+
+
+class LearnedSwish(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gate * torch.sigmoid(self.beta * gate) * up
+
+
+def squared_tanh(h: Tensor) -> Tensor:
+    return torch.tanh(h).square()
+
+
+def gate_silu(gate: Tensor, up: Tensor) -> Tensor:
+    return nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_function_as_activation(backend: str, variant: str) -> None:
+    """It has the limit, the biases, the layout and the gradients of the activation of that name."""
+    named = build(variant, activation="silu")
+    own = build(variant, activation=LearnedSwish())
+    own.load_state_dict(named.state_dict(), strict=False)
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    torch.testing.assert_close(own(x), named(x), rtol=1e-5, atol=1e-6)
+    wanted = torch.autograd.grad(named(x).square().sum(), [x, *named.parameters()])
+    shared = [p for name, p in own.named_parameters() if not name.endswith("beta")]
+    got = torch.autograd.grad(own(x).square().sum(), [x, *shared, own.experts.activation.beta])
+    torch.testing.assert_close(got[:-1], wanted, rtol=1e-4, atol=1e-5)
+    assert got[-1].isfinite()
+    assert got[-1] != 0
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_function_as_activation_of_any_rows(backend: str, gated: bool) -> None:
+    """Of few rows, of experts without tokens, and with empty choices."""
+    function = (lambda gate, up: torch.tanh(gate + up)) if gated else squared_tanh
+    experts = Experts(24, 10, 4, activation=function, gated=gated)
+    x, ids = torch.randn(3, 24), torch.tensor([[0, -1], [-1, -1], [2, 0]], dtype=torch.int32)
+    weights = torch.rand(3, 2)
+    expected = torch.zeros(3, 24)
+    for (t, k), expert in ((tuple(at), ids[tuple(at)].item()) for at in (ids >= 0).nonzero().tolist()):
+        h = (experts.gate_up_proj if gated else experts.up_proj)[expert] @ x[t]
+        expected[t] += weights[t, k] * (experts.down_proj[expert] @ function(*(h.chunk(2) if gated else (h,))))
+    torch.testing.assert_close(experts(x, ids, weights), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_activation_with_parameters_is_a_submodule() -> None:
+    moe, x = build("mixtral", activation=LearnedSwish()), torch.randn(4, 24)
+    assert "experts.activation.beta" in moe.state_dict()
+    with torch.no_grad():
+        moe.experts.activation.beta.fill_(0.5)
+    twin, other = copy.deepcopy(moe), build("mixtral", activation=LearnedSwish())
+    other.load_state_dict(moe.state_dict())
+    plain = pickle.loads(pickle.dumps(build("nemotron", activation=squared_tanh)))
+    assert torch.equal(twin(x), moe(x))
+    assert torch.equal(other(x), moe(x))
+    assert plain.experts.activation is squared_tanh
+    assert "squared_tanh" in repr(plain)
+
+
+@pytest.mark.filterwarnings("ignore:.*weights in panels")  # which each call expands
+@pytest.mark.parametrize("format", ["int4", "panels", "mxfp4"])
+def test_function_as_activation_with_stored_weights_and_adapters(format: str) -> None:
+    named, own = (
+        switchgear.MoE(64, 64, 4, 2, activation=activation, dtype=torch.bfloat16) for activation in ("silu", gate_silu)
+    )
+    own.load_state_dict(named.state_dict())
+    x = torch.randn(6, 64, dtype=torch.bfloat16)
+    for moe in (named, own):
+        switchgear.store(moe, format)
+        torch.manual_seed(0)
+        switchgear.adapters.add_lora(moe, rank=4)
+        with torch.no_grad():
+            for name, parameter in moe.named_parameters():
+                if "lora" in name:
+                    nn.init.normal_(parameter, std=0.1)
+    y, wanted = own(x), named(x)
+    torch.testing.assert_close(y, wanted, rtol=5e-2, atol=2e-2)
+    y.float().square().sum().backward()
+    assert all(p.grad is not None for name, p in own.named_parameters() if "lora" in name)
+
+
+def test_function_as_activation_in_graphs_and_autocast() -> None:
+    moe, x = build("mixtral", activation=LearnedSwish()).eval(), torch.randn(4, 24)
+    compiled = torch.compile(moe, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), moe(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert moe(x).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("activation", "error"),
+    [
+        (lambda gate, up: (gate * up)[:, :1], ValueError),
+        (lambda gate, up: None, TypeError),
+        (lambda gate, up: gate > up, TypeError),
+    ],
+)
+def test_results_of_a_function_as_activation(activation: Any, error: type[Exception]) -> None:
+    with raises(error, "activation"):
+        build("mixtral", activation=activation)(torch.randn(4, 24))
+
+
+@pytest.mark.parametrize("options", [{"activation": 3}, {"activation": gate_silu, "widths": [1, 1, 2, 2, 1, 1, 1, 1]}])
+def test_functions_that_are_refused_as_activation(options: dict[str, Any]) -> None:
+    with raises(TypeError, "activation"):
+        build("mixtral", **options)
 
 
 def test_repr() -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchgear.checks import Count, Finite, FloatDtype, Size, checked
 from switchgear.functional import moe
 from switchgear.functional.arguments import Limit
-from switchgear.reference.activations import Activation
+from switchgear.reference.activations import AnyActivation
 from switchgear.utils.modules import replicate
 from switchgear.weights import Layout, advise_huge_pages, stored_of, weights_of
 from switchgear.weights.module import attribute, explain_stored_keys
@@ -25,7 +25,10 @@ class Experts(nn.Module):
 
     Args:
         hidden_size, intermediate_size, num_experts: H, I, E.
-        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "swiglu_oai" (gated only).
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "swiglu_oai" (gated only); or a function of gate
+            and up [S,I], or of h [S,I] if not gated, that returns [S,I]. Rows are ordered by expert; those of empty
+            choices are zeros. A module is registered as `activation`, so its parameters train. Not for offloaded
+            experts. See `moe` for its speed.
         gated: act(gate) ⊙ up; otherwise act(h), and the first projection is called up_proj.
         bias: learned biases of both projections.
         interleaved: gates and ups alternate in the rows of gate_up_proj, instead of gates first.
@@ -43,6 +46,7 @@ class Experts(nn.Module):
 
     down_proj: nn.Parameter
     down_proj_bias: nn.Parameter | None
+    activation: Any  # a name or a function; code for named ones checks
 
     @checked
     def __init__(
@@ -51,7 +55,7 @@ class Experts(nn.Module):
         intermediate_size: Size,
         num_experts: Count,  # a rank may have none
         *,
-        activation: Activation = "silu",
+        activation: AnyActivation = "silu",
         gated: bool = True,
         bias: bool = False,
         interleaved: bool = False,
@@ -132,7 +136,10 @@ class Experts(nn.Module):
             errors.append(reason)
 
     def extra_repr(self) -> str:
-        parts = [f"{self.hidden_size}, {self.intermediate_size}, num_experts={self.num_experts}", self.activation]
+        parts = [
+            f"{self.hidden_size}, {self.intermediate_size}, num_experts={self.num_experts}",
+            _name(self.activation),
+        ]
         parts += ["gated" if self.gated else "plain"]
         parts += [name for name in ("interleaved", "transposed") if getattr(self, name)]
         if self.down_proj_bias is not None:
@@ -142,6 +149,10 @@ class Experts(nn.Module):
         if (stored := stored_of(self)) is not None:
             parts.append(str(stored.form))
         return ", ".join(parts)
+
+
+def _name(activation: str | Callable[..., Tensor]) -> str:
+    return activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
 
 
 extend("layout", lambda module: module._layout if isinstance(module, Experts) else None)

@@ -19,7 +19,7 @@ from switchgear.layers.expand import add_expert, expand
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.reference.activations import Activation
+from switchgear.reference.activations import AnyActivation
 from switchgear.routing.context import context_of
 from switchgear.routing.router import Router, RouterOptions
 
@@ -42,6 +42,7 @@ class MoE(WithLosses):
         router_options: other options of Router. score_function, normalize, scale, selection_bias, num_groups,
             topk_groups, group_score, jitter; score, select, capacity, balance, isolation for policies other than top-k.
         activation, gated, bias, interleaved, transposed, alpha, limit: options of Experts.
+            An activation that is a function: not with widths or parallel.
         shared_intermediate_size: width of the shared experts; 0 for none. They use the activation of the experts.
         num_shared_experts: the same width in units of intermediate_size; use only one of the two.
         shared_gate: multiply the output of the shared experts by sigmoid(w · x) (Qwen2-MoE, arXiv:2407.10671).
@@ -77,7 +78,7 @@ class MoE(WithLosses):
         *,
         float32_router: bool = False,
         router_bias: bool = False,
-        activation: Activation = "silu",
+        activation: AnyActivation = "silu",
         gated: bool = True,
         bias: bool = False,
         interleaved: bool = False,

@@ -23,6 +23,7 @@ from switchgear.convert.modules import (
 from switchgear.convert.recipes import plan_dense
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, read_network, split_gate
+from switchgear.integrations.gates import PLAIN_ACTIVATIONS
 from switchgear.integrations.moe_blocks import SHARED
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts
@@ -78,9 +79,9 @@ def read_networks(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
         return [_make_network(*experts.weights_of(e), activation=activation, gated=experts.slices.gated)
                 for e in range(experts.num_experts)], shared  # fmt: skip
     if isinstance(experts, Experts):
-        if experts.activation == "swiglu_oai" or experts.limit is not None:
+        if experts.activation not in PLAIN_ACTIVATIONS or experts.limit is not None:
             got = f"{experts.activation} with limit={experts.limit}"
-            raise ValueError(f"moe: expected an activation without alpha and limit, got {got}")
+            raise ValueError(f"moe: expected a named activation without alpha and limit, got {got}")
         return [read_network(experts, expert) for expert in range(experts.num_experts)], shared
     first, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if isinstance(first, Tensor) and isinstance(down, Tensor) and (named := find_activation(experts)):

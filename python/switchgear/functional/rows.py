@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from switchgear import ops
 from switchgear.arrays import accepts_arrays
-from switchgear.functional.arguments import as_limit, as_number, as_weights, flat
+from switchgear.checks import convert
+from switchgear.functional.arguments import as_dtype, as_limit, as_number, as_weights, flat
 from switchgear.functional.gradients import apply, needs_autograd, once
 from switchgear.functional.routes import Plan
+from switchgear.reference import activations
 
 
 @accepts_arrays
@@ -45,7 +48,7 @@ def combine(permuted_y: Tensor, plan: Plan, topk_weights: Tensor | None = None) 
 @accepts_arrays
 def glu(
     h: Tensor,
-    activation: str = "silu",
+    activation: str | Callable[..., Tensor] = "silu",
     *,
     gated: bool = True,
     interleaved: bool = False,
@@ -57,16 +60,28 @@ def glu(
     Args:
         h: [..., N], N = 2I for gated experts, else I.
         activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "swiglu_oai" (gpt-oss, gated only):
-            gate · sigmoid(alpha · gate) ⊙ (up + 1).
+            gate · sigmoid(alpha · gate) ⊙ (up + 1). Or a function of the rows gate [S,I] and up [S,I], or of h [S,I] if
+            not gated, in their dtype, that returns [S,I]; torch differentiates it.
         interleaved: gate = h[..., 0::2] and up = h[..., 1::2]; otherwise the first and the second half.
         limit: gate = min(gate, limit) and up = clamp(up, -limit, limit) first; gradients pass within it, ends included.
 
     Returns [..., I]. Source of gated units: arXiv:2002.05202.
     """
     rows = h if h.dim() == 2 else flat("h", h)
+    if callable(activation):
+        own = _apply_function(activation, activations.split(rows, gated, interleaved, as_limit(limit)))
+        return own if h.dim() == 2 else own.reshape(*h.shape[:-1], own.shape[-1])
     options = (activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
     a: Tensor = apply(Glu, rows, *options) if needs_autograd(rows) else ops.glu(rows, *options)
     return a if h.dim() == 2 else a.reshape(*h.shape[:-1], a.shape[-1])
+
+
+def _apply_function(activation: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> Tensor:
+    """activation(*parts), in the dtype of h even if it computes in a wider one."""
+    a: Tensor = convert("activation's result", activation(*parts), Tensor)
+    if a.shape != parts[0].shape:
+        raise ValueError(f"activation: expected a result of shape {list(parts[0].shape)}, got {list(a.shape)}")
+    return as_dtype("activation's result", a, parts[0].dtype)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

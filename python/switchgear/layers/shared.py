@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from switchgear.checks import Finite, FloatDtype, Size, checked
 from switchgear.functional import glu
 from switchgear.functional.arguments import Limit
-from switchgear.reference.activations import Activation
+from switchgear.reference.activations import AnyActivation
 
 
 class SharedExperts(nn.Module):
@@ -24,13 +24,15 @@ class SharedExperts(nn.Module):
     Parameters: gate_proj.weight [I,H] if gated, up_proj.weight [I,H], down_proj.weight [H,I]; their biases if bias.
     """
 
+    activation: Any  # a name or a function
+
     @checked
     def __init__(
         self,
         hidden_size: Size,
         intermediate_size: Size,
         *,
-        activation: Activation = "silu",
+        activation: AnyActivation = "silu",
         gated: bool = True,
         bias: bool = False,
         alpha: Finite = 1.702,

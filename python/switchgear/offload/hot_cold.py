@@ -243,6 +243,8 @@ class HotColdSplit(nn.Module):
 def _check_experts(experts: Experts) -> None:
     """Raises ValueError unless the parameters, a row per expert, are all that the experts compute with."""
     check_plain("experts", experts)
+    if callable(experts.activation):
+        raise ValueError("experts: expected a named activation, got a function")
     for name in experts._layout.names:
         parameter = experts._parameters.get(name)  # a parametrization replaces it by a computed attribute
         if parameter is None:

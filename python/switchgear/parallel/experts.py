@@ -165,6 +165,8 @@ class ParallelExperts(Experts):
         self, hidden_size: int, intermediate_size: int, num_experts: int, *, parallel: ExpertParallel,
         placement: Placement | None = None, **options: Any,
     ) -> None:  # fmt: skip
+        if callable(options.get("activation")):
+            raise ValueError("activation: expected a name with parallel=, got a function")
         self.placement = placement or parallel.placement(num_experts)
         self._mine = self.placement.experts_of_rank[parallel.rank]
         super().__init__(hidden_size, intermediate_size, len(self._mine), **options)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -16,6 +17,7 @@ __all__ = ["ACTIVATIONS", "activate", "glu", "glu_backward", "halves"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
 Activation = Annotated[str, OneOf(ACTIVATIONS)]
+AnyActivation = Activation | Callable[..., Tensor]  # a function of gate and up, or of h, which no kernel contains
 Hidden = Annotated[Tensor, Floats("S", "N")]
 
 
@@ -55,12 +57,19 @@ def halves(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return h[:, :middle], h[:, middle:]
 
 
-def glu_of(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float) -> Tensor:
+def split(h: Tensor, gated: bool, interleaved: bool, limit: float) -> tuple[Tensor, ...]:
+    """(gate, up) of the rows h [S,2I], or (h,), within the limit."""
     if not gated:
-        return activate(h.clamp(max=limit) if limit > 0 else h, activation, alpha)[0]
+        return (h.clamp(max=limit) if limit > 0 else h,)
     gate, up = halves(h, interleaved)
-    if limit > 0:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit > 0 else (gate, up)
+
+
+def glu_of(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float) -> Tensor:
+    gate, *ups = split(h, gated, interleaved, limit)
+    if not gated:
+        return activate(gate, activation, alpha)[0]
+    (up,) = ups
     if activation == "swiglu_oai":
         up = up + 1
     return activate(gate, activation, alpha)[0] * up

@@ -13,6 +13,7 @@ from switchgear.experts import Experts
 from switchgear.functional import gate, route
 from switchgear.layers.common import WithLosses, check_rows
 from switchgear.reference import wide
+from switchgear.reference.activations import AnyActivation
 from switchgear.routing.balance import count_tokens, switch_loss
 from switchgear.routing.capacity import Capacity
 from switchgear.routing.context import Context
@@ -55,7 +56,7 @@ class StratifiedMoE(WithLosses):
         normalize: bool = False,
         aux_loss: float = 0.01,
         capacity: Capacity | None = None,
-        activation: str = "silu",
+        activation: AnyActivation = "silu",
         gated: bool = True,
         bias: bool = False,
         device: torch.device | str | None = None,
