@@ -125,6 +125,7 @@ FILES = {
     "cpu/wide_product.h": Covered("cpu/moe_backward cpu/token_sum", "moe"),
     "cpu/workspace.h": Covered("cpu/workspace cpu/moe_forward cpu/moe_backward cpu/gate", "moe gate workspace"),
     "cpu/workspace.cpp": Covered("cpu/workspace", "workspace moe threads:concurrent"),
+    "cpu/half.h": Covered("cpu/quantize", "quantize"),
     "cpu/quantize.cpp": Covered("cpu/quantize", "quantize"),
     "cpu/worker_pool.h": Covered("cpu/worker_pool", "threads"),
     "cpu/worker_pool.cpp": Covered("cpu/worker_pool", "threads"),

@@ -177,21 +177,21 @@ def test_chat_talks_to_the_server(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        (["--server", "batching=true"], "expected an option of transformers serve (continuous_batching"),
-        (["--server", "port=1"], "--server: expected NAME=VALUE"),
-        (["--memory", "8G"], "expected --store with --memory"),
-        (["--store", "experts", "--memory", "8G", "--form", "int4"], "without --form and --linears"),
+        (["--server", "batching=true"], "batching"),
+        (["--server", "port=1"], "port=1"),
+        (["--memory", "8G"], "--store"),
+        (["--store", "experts", "--memory", "8G", "--form", "int4"], "--form"),
         (["--store", "experts", "--memory", "8G"], "experts"),
         (["--form", "int5"], "int5"),
         (["--adapter", "adapters"], "adapters"),
-        (["--tokenizer", "words"], "words has no tokenizer that can be loaded"),
+        (["--tokenizer", "words"], "words"),
     ],
 )
-def test_mistakes_are_named(options: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_named(options: list[str], named: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(folder), *options]) == 2
-    assert message in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(

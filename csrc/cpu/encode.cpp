@@ -9,12 +9,11 @@
 #include "switchgear/encode.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "checks.h"
+#include "half.h"
 #include "threads.h"
 
 namespace switchgear {
@@ -31,25 +30,8 @@ float round_within(float x, float low, float high) {
   return x + 0x1.8p23f - 0x1.8p23f;
 }
 
-// The nearest float16 of |x| <= 65504.
-uint16_t half_of(float x) {
-  const auto sign = static_cast<uint16_t>(std::bit_cast<uint32_t>(x) >> 16 & 0x8000u);
-  const float size = std::abs(x);
-  auto bits = std::bit_cast<uint32_t>(size);
-  if (size < 0x1p-14f) return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(size + 0.5f) - 0x3f000000u));
-  bits += 0xfffu + (bits >> 13 & 1u);
-  return static_cast<uint16_t>(sign | ((bits >> 13) - (112u << 10)));
-}
-
-float widen_half(uint16_t half) {
-  const uint32_t bits = half & 0x7fffu;
-  const float size =
-      bits < 0x400u ? static_cast<float>(bits) * 0x1p-24f : std::bit_cast<float>((bits << 13) + (112u << 23));
-  return half & 0x8000u ? -size : size;
-}
-
 uint8_t* put_half(uint8_t* out, float x) {
-  const uint16_t half = half_of(x);
+  const uint16_t half = cpu::bits_of_half(x);
   out[0] = static_cast<uint8_t>(half), out[1] = static_cast<uint8_t>(half >> 8);
   return out + 2;
 }
@@ -78,7 +60,7 @@ struct Factors {
     float largest = values[0];
     for (int g = 1; g < kGroups; ++g) largest = std::abs(values[g]) > std::abs(largest) ? values[g] : largest;
     d = largest / (least != 0 ? least : most);
-    d = widen_half(half_of(std::clamp(d, -65504.0f, 65504.0f)));
+    d = cpu::round_to_half(std::clamp(d, -65504.0f, 65504.0f));
     const float inverted = inverse(d);
     for (int g = 0; g < kGroups; ++g) integers[g] = round_within(values[g] * inverted, least, most);
   }

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "half.h"
 #include "threads.h"
 
 namespace switchgear {
@@ -46,18 +47,8 @@ Floats round_small(Floats x) { return x + 0x1.8p23f - 0x1.8p23f; }
 
 Floats without_nan(Floats x) { return choose(x == x, x, Floats{}); }
 
-// The nearest float16, widened.
-float round_to_half(float x) {
-  const float size = std::abs(x);
-  if (size >= 65520) return std::copysign(kInfinity, x);
-  if (!(size >= 0x1p-14f)) return std::copysign(size + 0.5f - 0.5f, x);  // multiples of 2^-24
-  auto bits = std::bit_cast<uint32_t>(x);
-  bits += 0xfffu + (bits >> 13 & 1u);
-  return std::bit_cast<float>(bits & ~0x1fffu);
-}
-
 Floats round_to_halves(Floats x) {
-  for (int64_t l = 0; l < kLanes; ++l) x[l] = round_to_half(x[l]);
+  for (int64_t l = 0; l < kLanes; ++l) x[l] = cpu::round_to_half(x[l]);
   return x;
 }
 

@@ -2,7 +2,8 @@
 // Threads that sleep between loops, for a machine whose cores are busy with other work.
 //
 // A loop waits for the workers that have begun its tasks, never for one that has no core yet: the caller takes the tasks
-// from the same counter. Nobody spins for longer than std::atomic::wait does, about a microsecond.
+// from the same counter. No thread spins for longer than std::atomic::wait does, about a
+// microsecond.
 #pragma once
 #include <atomic>
 #include <cstdint>

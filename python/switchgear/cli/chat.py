@@ -8,7 +8,7 @@ import logging
 import time
 from typing import Any
 
-from .common import require
+from .common import CommandError, require
 from .serve import add_model, start
 
 
@@ -34,6 +34,8 @@ def _run(args: argparse.Namespace, chat: Any) -> int:
     serving = start(args, port=0, log_level="error", non_blocking=True)
     try:
         while not serving.server.started:
+            if not serving._thread.is_alive():
+                raise CommandError("the server ended before it listened")
             time.sleep(0.01)
         port = serving.server.servers[0].sockets[0].getsockname()[1]
         chat.Chat(args.model, f"http://localhost:{port}", args.generate, system_prompt=args.system_prompt)

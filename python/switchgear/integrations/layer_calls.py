@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_FIXED = frozenset(vars(nn.Module())) - {"training"}  # what every module has, and nobody assigns
+_FIXED = frozenset(vars(nn.Module())) - {"training"}  # what every module has and no code assigns
 
 
 class Snapshot:

@@ -122,11 +122,25 @@ def run_as_whole(block: nn.Module) -> Callable[[], None] | None:
     return replace_forward(block, forward)
 
 
+def _runs_ours(block: Any) -> bool:
+    """Whether a call of the block does no more than the forward of its class, or ours in its place."""
+    forward = vars(block).get("forward")
+    return (forward is None or hasattr(getattr(forward, "__func__", None), "runs_whole")) and not has_hooks(block)
+
+
+def _find_parts(block: Any, known: BlockClass) -> tuple[Any, Any] | None:
+    """The router and the experts, if calls of both may be left out."""
+    try:
+        router: Any = get_part(block, known.router_name, known.router)
+        experts: Any = get_part(block, "experts", known.experts)
+    except Bypassed:
+        return None
+    return (router, experts) if experts.config._experts_implementation == NAME else None
+
+
 def run_block(block: Any, hidden_states: Tensor) -> Any:
     """A block's output, as a whole if it can, with gradients too; else by its own code."""
-    forward = vars(block).get("forward")
-    is_own = forward is None or hasattr(getattr(forward, "__func__", None), "runs_whole")
-    if is_own and not has_hooks(block) and (known := find_block_class(block)) is not None:
+    if _runs_ours(block) and (known := find_block_class(block)) is not None:
         y = _run_whole(block, known, hidden_states, with_gradients=True)
         if y is not None:
             return y
@@ -140,13 +154,9 @@ def _run_whole(block: Any, known: BlockClass, hidden_states: Tensor, with_gradie
         return None
     if block.training and getattr(block, "jitter_noise", 0.0) > 0:
         return None
-    try:
-        router: Any = get_part(block, known.router_name, known.router)
-        experts: Any = get_part(block, "experts", known.experts)
-    except Bypassed:
+    if (parts := _find_parts(block, known)) is None:
         return None
-    if experts.config._experts_implementation != NAME:
-        return None
+    router, experts = parts
     weight = router.weight
     x = hidden_states.view(-1, hidden_states.shape[-1])
     is_differentiated = needs_autograd(x, weight)
@@ -170,18 +180,12 @@ def _run_whole(block: Any, known: BlockClass, hidden_states: Tensor, with_gradie
 def find_operands(block: Any, x: Tensor) -> tuple[Any, ...] | None:
     """What `_run_whole` passes to the kernels for an x like this one: (tensors of the router, fields of Layer without
     choices, options of a choice), as DecoderLayerArgs has them. None if the block adds or converts something."""
-    forward, known = vars(block).get("forward"), find_block_class(block)
-    if known is None or known.shared is not None or has_hooks(block):
+    known = find_block_class(block)
+    if known is None or known.shared is not None or not _runs_ours(block) or block.training:
         return None
-    if (forward is not None and not hasattr(getattr(forward, "__func__", None), "runs_whole")) or block.training:
+    if (parts := _find_parts(block, known)) is None or (gate := find_gate(parts[1])) is None:
         return None
-    try:
-        router: Any = get_part(block, known.router_name, known.router)
-        experts: Any = get_part(block, "experts", known.experts)
-    except Bypassed:
-        return None
-    if experts.config._experts_implementation != NAME or (gate := find_gate(experts)) is None:
-        return None
+    router, experts = parts
     weights, options = weights_in(experts), known.options(router)
     projections = [_find_operand(weight, x.dtype) for weight in weights[:2]]
     tensors = (router.weight, options.pop("bias", None), options.pop("selection_bias", None))
