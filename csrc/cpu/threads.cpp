@@ -3,7 +3,9 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <chrono>
+#include <ctime>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -55,15 +57,19 @@ using Clock = std::chrono::steady_clock;
 
 // OpenMP's threads spin for milliseconds after a loop, and a loop waits for all of them, which is fastest on idle cores. Where
 // other processes use the cores, a loop ends when the scheduler has given the last thread its turn, a time slice later.
-// Threads that begin late tell the two apart: after two within a few loops, the loops of the next second run on the pool.
+// Threads that begin late tell the two apart, if this process had less than its cores meanwhile: it may be its own threads,
+// another team's, that spin. After two such loops within a few, the loops of the next second run on the pool.
 constexpr auto kLate = std::chrono::microseconds(500);
 constexpr auto kBusyFor = std::chrono::seconds(1);
 constexpr int kLoopsPerLate = 16;
+constexpr double kOwnShare = 0.8;  // of the cores: with less, others have them
 std::atomic<Clock::time_point> cores_are_busy_until{Clock::time_point::min()};
 static_assert(std::atomic<Clock::time_point>::is_always_lock_free);
 std::atomic<int> lateness{0};  // of recent loops: approximate if several threads call
 
 void run_on_openmp(int num_threads, void (*body)(void*, int), void* context) {
+  const int before = lateness.load(std::memory_order_relaxed);
+  const std::clock_t used_before = before > 0 ? std::clock() : 0;
   const auto start = Clock::now();
   std::atomic<bool> is_late{false};
 #pragma omp parallel num_threads(num_threads)
@@ -71,10 +77,15 @@ void run_on_openmp(int num_threads, void (*body)(void*, int), void* context) {
     if (Clock::now() - start > kLate) is_late.store(true, std::memory_order_relaxed);
     body(context, omp_get_thread_num());
   }
-  const int before = lateness.load(std::memory_order_relaxed);
   if (is_late.load(std::memory_order_relaxed)) {
-    if (before > 0) cores_are_busy_until.store(Clock::now() + kBusyFor, std::memory_order_relaxed);
     lateness.store(kLoopsPerLate, std::memory_order_relaxed);
+    if (before == 0) return;
+    const auto end = Clock::now();
+    const double used = static_cast<double>(std::clock() - used_before) / CLOCKS_PER_SEC;
+    const double cores = std::min(num_threads, omp_get_num_procs());
+    if (used < kOwnShare * cores * std::chrono::duration<double>(end - start).count()) {
+      cores_are_busy_until.store(end + kBusyFor, std::memory_order_relaxed);
+    }
   } else if (before > 0) {
     lateness.store(before - 1, std::memory_order_relaxed);
   }
