@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """transformers' common tests of models, on tiny models of MoE families. transformers_suite.py copies this file beside
-them and runs it with EXPERTS, the experts implementation of models whose config names none."""
+them and runs it with EXPERTS: the experts implementation of models whose config names none, or "whole_layers", which
+accelerates every model as it is built or loaded."""
 
 import os
 import unittest
@@ -10,17 +11,40 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel, set_seed
 
+from switchgear import accelerate
 from tiny_configs import tiny_config
 
 from .test_modeling_common import ModelTesterMixin
 from .test_training_mixin import TrainingTesterMixin
 
 FAMILIES = os.environ["FAMILIES"].split()
-EXPERTS = os.environ["EXPERTS"]
+WHOLE_LAYERS = os.environ["EXPERTS"] == "whole_layers"
+EXPERTS = "switchgear" if WHOLE_LAYERS else os.environ["EXPERTS"]
 HEADS = ("", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 of_request = PreTrainedModel.get_correct_experts_implementation
 PreTrainedModel.get_correct_experts_implementation = lambda self, requested: of_request(self, requested or EXPERTS)
+
+
+def accelerate_models() -> None:
+    post_init, from_pretrained = PreTrainedModel.post_init, PreTrainedModel.from_pretrained.__func__
+
+    def accelerate_built(self: PreTrainedModel) -> None:
+        post_init(self)
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            accelerate(self, whole_layers=True, linears=True)
+
+    def accelerate_loaded(cls: type, *args: object, **kwargs: object) -> object:
+        loaded = from_pretrained(cls, *args, **kwargs)
+        accelerate(loaded[0] if isinstance(loaded, tuple) else loaded, whole_layers=True, linears=True)
+        return loaded
+
+    PreTrainedModel.post_init = accelerate_built
+    PreTrainedModel.from_pretrained = classmethod(accelerate_loaded)
+
+
+if WHOLE_LAYERS:
+    accelerate_models()
 
 
 class ModelTester:

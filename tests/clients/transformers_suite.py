@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""transformers' own tests of models with switchgear's experts: none may fail that passes with the default.
+"""transformers' own tests of models with switchgear's experts, then with whole layers and linears: none may fail that
+passes with the default.
 
     python tests/clients/transformers_suite.py build/clients-transformers [--families "mixtral olmoe"]
 
@@ -22,6 +23,7 @@ from xml.etree import ElementTree
 import transformers
 
 DEFAULT = "grouped_mm"
+OURS = "switchgear", "whole_layers"
 FAMILIES = "mixtral gpt_oss"
 ABSENT = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
 
@@ -87,16 +89,19 @@ def main() -> int:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     prepare(args.folder)
-    default, ours = (outcomes(args.folder, experts, args.families) for experts in (DEFAULT, "switchgear"))
-    worse = [
-        f"{name}: {ours.get(name, 'not run')}" for name, was in default.items() if was == "passed" != ours.get(name)
-    ]
-    print(*worse, sep="\n")
-    passed = list(default.values()).count("passed")
-    print(f"{len(worse)} of the {passed} tests that pass with {DEFAULT} do not with switchgear")
-    if passed == 0:
+    default = outcomes(args.folder, DEFAULT, args.families)
+    passed = [name for name, verdict in default.items() if verdict == "passed"]
+    worse = []
+    for experts in OURS:
+        ours = outcomes(args.folder, experts, args.families)
+        lost = {name: ours.get(name, "not run") for name in passed if ours.get(name) != "passed"}
+        print(f"{len(lost)} of the {len(passed)} tests that pass with {DEFAULT} do not with {experts}")
+        worse += lost.items()
+    for name, verdict in worse:
+        print(f"{name}: {verdict}")
+    if not passed:
         print(f"expected tests that pass, got none: {args.folder / DEFAULT}.log says why")
-    return int(bool(worse) or passed == 0)
+    return int(bool(worse) or not passed)
 
 
 if __name__ == "__main__":
