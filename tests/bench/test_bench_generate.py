@@ -41,13 +41,27 @@ def test_decoders_agree(kind: str, tmp_path: Path) -> None:
         assert len(decoder.decode(1, 3)) == len(decoder.decode(1, 3, 2)) == 3
 
 
+def test_implementations_of_one_model() -> None:
+    decoders = generate.build_in_turns(SMALL)
+    logits = {}
+    for name in [*decoders, *decoders]:
+        decoders[name].begin()
+        found = decoders[name].logits([5, 6, 7])
+        assert torch.equal(logits.setdefault(name, found), found), name
+    base = logits.pop(generate.BASE)
+    for found in logits.values():
+        assert 0 < float((found - base).norm() / base.norm()) <= generate.TOLERANCE
+
+
 class Stand:
     """Stands in for the process of a decoder: an untimed turn, three disturbed and slow ones, two quiet ones."""
 
     def __init__(self, name: str, *_: Any) -> None:
         turns = [(9.0, 9.0, 5.0, [7])] * 4 + [(1.0, 1.0, 0.0, [7])] * 2
-        self.answers: list[Any] = [torch.ones(4), *(turn for turn in turns for _ in generate.WORK)]
-        self.connection = SimpleNamespace(send=lambda count: None)
+        self.answers: list[Any] = [{name: torch.ones(4)}]
+        for turn in turns:
+            self.answers += [None, *(turn for _ in generate.WORK)]
+        self.connection = SimpleNamespace(send=lambda request: None)
 
     def receive(self) -> Any:
         return self.answers.pop(0)
@@ -59,6 +73,7 @@ class Stand:
 def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "Child", Stand)
     monkeypatch.setattr(generate, "wait_for_quiet", lambda longest: None)
+    monkeypatch.setattr(generate, "read_bandwidth", lambda num_threads: 1e9)
     for row in generate.measure(SMALL, "tiny", 1, 5, 1)["results"]:
         assert set(row["tokens_per_second"].values()) == {1.0}
         assert row["quiet_turns"] == 2 * len(generate.WORK)
@@ -79,4 +94,4 @@ def test_the_table() -> None:
                for i, name in enumerate([generate.BASE, "switchgear"])]  # fmt: skip
     about = {"model": "a processor", "threads": 2, "isa": "avx2", "torch": "2.13"}
     text = generate.markdown({"machine": about, "cases": [{"model": "tiny", "tokens": 8, "results": results}]})
-    assert "| tiny | switchgear | 20.0 | 20.0 | 20.0 | 2.00 | 1.0% | 8 of 8 |" in text
+    assert "| tiny | switchgear | 20.0 | 20.0 | 20.0 | 2.00 |  | 1.0% | 8 of 8 |" in text

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`switchgear bench generate`: greedy decoding of whole models by `generate`, beside transformers and llama.cpp.
 
-Each implementation has a process of its own, with the same random weights. They work in turns: a long prompt; then one
-token as the prompt of a text, or of several, and a token at a time. Before that, logits of a prompt are compared with
-transformers' own in the same dtype, and afterwards the tokens. A GGUF file is run as it is, and its logits are compared
-with transformers' for the decoded weights.
+Each implementation has a process of its own, with the same random weights; those of a model at true size share one, and
+its weights. They work in turns: a long prompt; then one token as the prompt of a text, or of several, and a token at a
+time. Before that, logits of a prompt are compared with transformers' own in the same dtype, and afterwards the tokens.
+A GGUF file is run as it is, and its logits are compared with transformers' for the decoded weights.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 import switchgear
+from switchgear._C import read_bandwidth
 from switchgear.cli.common import CommandError, console, markdown_table, require
 from switchgear.integrations.gguf import load_gguf, save_gguf
+from switchgear.integrations.transformers import undo_accelerate
 from switchgear_bench.processes import Child
 
 from .competitors import Skip
@@ -40,9 +42,12 @@ SCHEMA = "switchgear-bench-generate/2"
 GGUF_TOLERANCE = 0.25  # logits of random weights of 2 to 8 bits, by activations of 8 bits
 TOKENS, TURNS = 64, 7
 QUICK_TOKENS, QUICK_TURNS = 8, 3
+SHARED_TURNS = 3  # of a minute and a half
 LONG_PROMPT, SEQUENCES = 256, 8
 PROMPT, LENGTH = 16, 512  # tokens: whose logits are compared; of the longest text
 BASE = "transformers"
+IN_TURNS = BASE, "switchgear, experts", "switchgear"
+BEGIN = "begin"
 # Root mean square. A layer rounds about 10 tensors to bfloat16, by 2^-9 of their size, and the roundings add up like a
 # random walk: 0.0125 for four layers. Experts chosen differently add to that.
 TOLERANCE = 0.05
@@ -59,16 +64,27 @@ class Model(NamedTuple):
     top_k: int
     heads: int
     vocabulary: int
+    is_shared: bool = False  # by IN_TURNS: memory has no room for another
+
+    @property
+    def bytes_read(self) -> int:
+        """By a token, of weights in bfloat16."""
+        of_layer = 4 * self.hidden_size + self.num_experts + 3 * self.top_k * self.intermediate_size
+        return 2 * self.hidden_size * (self.layers * of_layer + self.vocabulary)
 
 
 MODELS = {
     "tiny": Model("fits in the cache", 4, 256, 128, 8, 2, 4, 1024),
     "olmoe": Model("four of the sixteen layers of OLMoE-1B-7B", 4, 2048, 1024, 64, 8, 16, 50304),
+    "olmoe-whole": Model("all sixteen: 14 GB", 16, 2048, 1024, 64, 8, 16, 50304, is_shared=True),
 }
 
 
 class Decoder(Protocol):
     """A model in one implementation."""
+
+    def begin(self) -> None:
+        """Before a turn of it; not timed."""
 
     def logits(self, prompt: list[int]) -> Tensor:
         """Of the token that follows, [vocabulary], float32."""
@@ -106,6 +122,9 @@ class InLlama:
     def __init__(self, path: Path) -> None:
         self._llama = Llama(path, LENGTH, torch.get_num_threads(), SEQUENCES)
 
+    def begin(self) -> None:
+        pass
+
     def logits(self, prompt: list[int]) -> Tensor:
         self._llama.forget()
         return self._llama.step(prompt)
@@ -133,6 +152,9 @@ class InTransformers:
         self._model = model
         prepare(model)
 
+    def begin(self) -> None:
+        pass
+
     @torch.inference_mode()
     def logits(self, prompt: list[int]) -> Tensor:
         found: Tensor = self._model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1]
@@ -144,6 +166,28 @@ class InTransformers:
         ids = self._model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
         tokens: list[int] = ids[0, 1:].tolist()
         return tokens
+
+
+class InTurns(InTransformers):
+    """One of several implementations of the same model."""
+
+    def __init__(self, model: Any, whole_layers: bool | None, undo: list[Any]) -> None:
+        super().__init__(model)
+        self._whole_layers, self._undo = whole_layers, undo
+
+    def begin(self) -> None:
+        undo_accelerate(self._undo)
+        self._undo[:] = []
+        if self._whole_layers is not None:
+            self._undo[:] = switchgear.accelerate(self._model, whole_layers=self._whole_layers)
+
+
+def build_in_turns(model: Model) -> dict[str, Decoder]:
+    """IN_TURNS, with the weights of one model, on huge pages."""
+    built = build(model)
+    undo = switchgear.accelerate(built)
+    switchgear.store(built, "plain")
+    return {name: InTurns(built, whole, undo) for name, whole in zip(IN_TURNS, (None, False, True), strict=True)}
 
 
 def _accelerate(model: Any, form: str = "plain", whole_layers: bool = False) -> None:
@@ -190,18 +234,30 @@ def makers_of(model: Model | Path) -> Mapping[str, Callable[[Any, str], Decoder]
     return OF_FILES if isinstance(model, Path) else MAKERS
 
 
-def _serve(connection: Connection, name: str, model: Model | Path, folder: str, thread_count: int) -> None:
+def _serve(connection: Connection, names: tuple[str, ...], model: Model | Path, folder: str, thread_count: int) -> None:
+    """Sends logits by implementation, or why there are none; then takes (implementation, work, tokens)."""
     torch.set_num_threads(thread_count)
     try:
-        decoder = makers_of(model)[name](model, folder)
+        if len(names) > 1:
+            decoders = build_in_turns(cast(Model, model))
+        else:
+            decoders = {name: makers_of(model)[name](model, folder) for name in names}
     except Skip as reason:
         connection.send(("ok", reason.args[0]))
         return
-    connection.send(("ok", decoder.logits(list(range(1, PROMPT + 1)))))
+    found = {}
+    for name, decoder in decoders.items():
+        decoder.begin()
+        found[name] = decoder.logits(list(range(1, PROMPT + 1)))
+    connection.send(("ok", found))
     while True:
-        work, count = connection.recv()
+        name, work, count = connection.recv()
+        if work == BEGIN:
+            decoders[name].begin()
+            connection.send(("ok", None))
+            continue
         before, start = busy_seconds_elsewhere(), perf_counter()
-        num_tokens, answer = WORK[work](decoder, count)
+        num_tokens, answer = WORK[work](decoders[name], count)
         seconds = perf_counter() - start
         connection.send(("ok", (seconds / num_tokens, seconds, busy_seconds_elsewhere() - before, answer)))
 
@@ -211,33 +267,41 @@ def measure(model: Model | Path, name: str, count: int, turns: int, thread_count
     is_file = isinstance(model, Path)
     results: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
+    is_shared = isinstance(model, Model) and model.is_shared
+    turns = min(turns, SHARED_TURNS) if is_shared else turns
+    groups = [IN_TURNS] if is_shared else [(maker,) for maker in makers_of(model)]
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
         children: dict[str, Child] = {}
         expected = torch.empty(0)
-        for maker in makers_of(model):
-            child = Child(maker, _serve, maker, model, folder, thread_count)
+        for group in groups:
+            child = Child(", ".join(group), _serve, group, model, folder, thread_count)
             stack.callback(child.close)
-            found = child.receive()
-            if isinstance(found, str):
-                skipped.append({"implementation": maker, "reason": found})
+            answer = child.receive()
+            if isinstance(answer, str):
+                skipped.append({"implementation": group[0], "reason": answer})
                 continue
-            expected = found if maker == BASE else expected
-            error = float((found - expected).norm() / expected.norm())
-            if maker not in LOSSY and not error <= (GGUF_TOLERANCE if is_file else TOLERANCE):
-                raise CommandError(f"{name}: logits of {maker} differ from transformers' by {error:.2g}")
-            if is_file and maker == BASE:
-                child.close()
-                continue
-            children[maker] = child
-            results.append({"implementation": maker, "error": error})
+            for maker, found in answer.items():
+                expected = found if maker == BASE else expected
+                error = float((found - expected).norm() / expected.norm())
+                if maker not in LOSSY and not error <= (GGUF_TOLERANCE if is_file else TOLERANCE):
+                    raise CommandError(f"{name}: logits of {maker} differ from transformers' by {error:.2g}")
+                if is_file and maker == BASE:
+                    child.close()
+                    continue
+                children[maker] = child
+                results.append({"implementation": maker, "error": error})
         taken: dict[tuple[str, str], list[tuple[list[float], bool]]] = {}
         answers: dict[tuple[str, str], Any] = {}
+        reads = []
         for turn in range(turns + 1):  # the first one is not timed
-            for work in WORK:
-                for maker, child in children.items():
+            reads.append(read_bandwidth(thread_count))
+            for maker, child in children.items():
+                child.connection.send((maker, BEGIN, 0))
+                child.receive()
+                for work in WORK:
                     wait_for_quiet(1.0)
-                    child.connection.send((work, count))
+                    child.connection.send((maker, work, count))
                     each, seconds, busy, answers[maker, work] = child.receive()
                     if turn:
                         taken.setdefault((maker, work), []).append(([each], busy <= STIRRED * seconds + TICK))
@@ -248,11 +312,13 @@ def measure(model: Model | Path, name: str, count: int, turns: int, thread_count
             row["same_tokens"] = next((i for i in range(count) if tokens[i] != expected_tokens[i]), count)
             row["tokens_per_second"] = {work: 1 / median(counted(taken[maker, work])) for work in WORK}
             row["quiet_turns"] = sum(is_quiet for work in WORK for _, is_quiet in taken[maker, work])
+            if isinstance(model, Model) and maker not in LOSSY:
+                row["of_read"] = row["tokens_per_second"]["decode"] * model.bytes_read / median(reads)
     return {"model": name, "tokens": count, "turns": turns, "results": rounded(results), "skipped": skipped}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_shapes(parser, MODELS)
+    add_shapes(parser, MODELS, "tiny,olmoe")
     parser.add_argument("--gguf", type=Path, nargs="+", metavar="FILE", help="GGUF files instead, beside llama.cpp")
     add_competitors_folder(parser)
     add_quick(parser, "a small model and few tokens")
@@ -268,7 +334,7 @@ def run(args: argparse.Namespace) -> int:
         results = read_json(args.source, "--from", SCHEMA)
     else:
         count, turns = (QUICK_TOKENS, QUICK_TURNS) if args.quick else (TOKENS, TURNS)
-        names = choose("shapes", args.shapes or ("tiny" if args.quick else ",".join(MODELS)), MODELS)
+        names = choose("shapes", args.shapes or ("tiny" if args.quick else "tiny,olmoe"), MODELS)
         files = {path.name: path for path in args.gguf or ()}
         models = files or {name: MODELS[name] for name in names}
         cases = [measure(model, name, count, turns, args.threads) for name, model in models.items()]
@@ -288,10 +354,19 @@ def markdown(results: dict[str, Any]) -> str:
             rates = row["tokens_per_second"]
             error = "" if row["implementation"] == BASE else f"{row['error']:.1%}"
             speeds = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in rates.values()]
+            of_read = f"{row['of_read']:.0%}" if "of_read" in row else ""
             lines.append([case["model"], row["implementation"], *speeds, f"{rates['decode'] / base['decode']:.2f}",
-                          error, f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
+                          of_read, error, f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
     works = [f"{work}, tokens/s" for work in results["cases"][0]["results"][0]["tokens_per_second"]]
-    header = ["model", "implementation", *works, "decode / first row", "logits differ by", "same tokens"]
+    header = [
+        "model",
+        "implementation",
+        *works,
+        "decode / first row",
+        "of a plain read",
+        "logits differ by",
+        "same tokens",
+    ]
     about = results["machine"]
     note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}.\n"
     return f"{markdown_table(header, lines, left=(0, 1))}\n{note}"
