@@ -109,13 +109,13 @@ constexpr std::array kIsas{
     Isa{"avx512", runs_avx512, kernels_avx512, integers_avx512, rows_avx512, gguf_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512VNNI)
-    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integers_avx512vnni, rows_avx512, gguf_avx512},
+    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integers_avx512vnni, rows_avx512, gguf_avx512vnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integers_avx512vnni, rows_avx512, gguf_avx512},
+    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integers_avx512vnni, rows_avx512, gguf_avx512vnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
-    Isa{"amx", runs_amx, kernels_amx, integers_amx, rows_avx512, gguf_avx512},
+    Isa{"amx", runs_amx, kernels_amx, integers_amx, rows_avx512, gguf_avx512vnni},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEON)
     Isa{"neon", [] { return true; }, kernels_neon, integers_neon, rows_generic, gguf_neon},

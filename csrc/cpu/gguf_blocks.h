@@ -162,6 +162,12 @@ inline void unpack_pairs(uint8_t* codes, const uint8_t* p) {
   for (int j = 0; j < 4; ++j) store_vector(codes + 32 * j, run.v >> 2 * j & 3);
 }
 
+// 32 less than each byte, of at most 63.
+inline uint64_t subtract_32(uint64_t bytes) {
+  constexpr uint64_t kSigns = 0x8080808080808080;
+  return ((bytes | kSigns) - 0x2020202020202020) ^ kSigns;
+}
+
 template <>
 struct Block<Format::kQ2K> : WideBlock<16, 0> {
   static constexpr bool kHasMins = true;
@@ -184,11 +190,15 @@ struct Block<Format::kQ3K> : WideBlock<16, 4> {
   }
   static Factors factors(const uint8_t* b) {
     Factors f{.d = half_at(b + 108)};
-    const uint8_t* const s = b + 96;
-    for (int g = 0; g < 16; ++g) {
-      const int low = s[g % 8] >> g / 8 * 4 & 15, high = s[8 + g % 4] >> g / 4 * 2 & 3;
-      f.s[g] = static_cast<int8_t>((low | high << 4) - 32);
+    uint64_t low, eights[2];
+    uint32_t high;
+    __builtin_memcpy(&low, b + 96, 8);
+    __builtin_memcpy(&high, b + 104, 4);
+    for (int i = 0; i < 2; ++i) {  // nibbles i of `low`, with pairs of bits 2 · i and 2 · i + 1 of `high`
+      const uint64_t four = high >> 4 * i & 0x03030303, other = high >> (4 * i + 2) & 0x03030303;
+      eights[i] = subtract_32((low >> 4 * i & 0x0f0f0f0f0f0f0f0f) | four << 4 | other << 36);
     }
+    __builtin_memcpy(f.s, eights, 16);
     return f;
   }
 };
@@ -256,10 +266,17 @@ struct Block<Format::kIq4Xs> : WideBlock<32, 0, true> {
   }
   static Factors factors(const uint8_t* b) {
     Factors f{.d = half_at(b)};
-    for (int g = 0; g < 8; ++g) {
-      const int low = b[4 + g / 2] >> g % 2 * 4 & 15, high = b[2 + g / 4] >> g % 4 * 2 & 3;
-      f.s[g] = static_cast<int8_t>((low | high << 4) - 32);
-    }
+    uint64_t low = 0, high = 0;
+    __builtin_memcpy(&low, b + 4, 4);
+    __builtin_memcpy(&high, b + 2, 2);
+    low = (low | low << 16) & 0x0000ffff0000ffff;
+    low = (low | low << 8) & 0x00ff00ff00ff00ff;
+    low = (low | low << 4) & 0x0f0f0f0f0f0f0f0f;
+    high = (high | high << 24) & 0x000000ff000000ff;
+    high = (high | high << 12) & 0x000f000f000f000f;
+    high = (high | high << 6) & 0x0303030303030303;
+    const uint64_t s = subtract_32(low | high << 4);
+    __builtin_memcpy(f.s, &s, 8);
     return f;
   }
 };

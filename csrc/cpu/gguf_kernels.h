@@ -10,13 +10,13 @@ namespace switchgear::cpu {
 
 // Where the parts of a row are: of activations in int8, and of weights taken apart. All numbers past the last column are zero.
 struct GgufRow {
-  int64_t sums;     // int16, or int32 factors of weights: of each 16 columns at most
+  int64_t sums;     // int16 of each 16 columns, or int32: factors of weights of as many, or of each 32 columns
   int64_t scales;   // float32 of each 32 columns at most
   int64_t offsets;  // the same
   int64_t bytes;
 
   explicit constexpr GgufRow(int64_t columns)
-      : sums((columns + 63) / 64 * 64),
+      : sums((columns + 511) / 512 * 512),
         scales(sums + (columns / 16 * 6 + 127) / 64 * 64),
         offsets(scales + (columns / 32 * 4 + 127) / 64 * 64),
         bytes(offsets + (columns / 32 * 4 + 127) / 64 * 64) {}
@@ -37,6 +37,7 @@ struct GgufKernels {
 const GgufKernels& gguf_generic();
 const GgufKernels& gguf_avx2();
 const GgufKernels& gguf_avx512();
+const GgufKernels& gguf_avx512vnni();
 const GgufKernels& gguf_neon();
 
 }  // namespace switchgear::cpu
