@@ -21,7 +21,8 @@ from switchgear import ops
 from switchgear.integrations import decoding
 from switchgear.integrations.cache import GrowingCache, GrowingLayer
 from switchgear.integrations.transformers import accelerate, undo_accelerate
-from tiny_models import build
+from tiny_configs import MODEL_TYPES
+from tiny_models import build, example_inputs
 
 TYPES = ("olmoe", "qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "glm4_moe", "phimoe", "deepseek_v3")
 ALIKE = (  # layers of these forms, and of some others
@@ -101,6 +102,22 @@ def test_results_are_those_of_the_modules(model: Any, calls: list[Any]) -> None:
     undo_accelerate(replaced)
     assert torch.equal(model(IDS).logits, want)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("model_type", [t for t in MODEL_TYPES if t != "vitpose_backbone"])
+def test_models_compute_what_they_did(model_type: str) -> None:
+    """Whatever a class adds to the layer or the block that another one is recognised by."""
+    model = build(model_type).eval()
+    inputs = example_inputs(model)
+    results = []
+    with torch.no_grad():
+        for is_whole in (False, True):
+            if is_whole:
+                accelerate(model, whole_layers=True)
+            torch.manual_seed(0)
+            output = model(**inputs)
+            results.append(output if isinstance(output, torch.Tensor) else output[0])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3 * float(results[0].abs().max()))
 
 
 @torch.no_grad()

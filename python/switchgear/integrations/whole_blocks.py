@@ -95,7 +95,6 @@ BLOCKS = (
             ("solar_open", "SolarOpen"),
             ("deepseek_v3", "DeepseekV3"),
             ("glm4_moe_lite", "Glm4MoeLite"),
-            ("axk1", "AXK1"),
             ("glm4v_moe", "Glm4vMoeText"),
         )
     ),
