@@ -89,9 +89,9 @@ def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_table() -> None:
-    row = {"error": 0.01, "same_tokens": 8, "quiet_turns": 3}
+    row = {"error": 0.01, "of_read": 0.6, "same_tokens": 8, "quiet_turns": 3}
     results = [row | {"implementation": name, "tokens_per_second": dict.fromkeys(generate.WORK, 10.0 * (i + 1))}
                for i, name in enumerate([generate.BASE, "switchgear"])]  # fmt: skip
     about = {"model": "a processor", "threads": 2, "isa": "avx2", "torch": "2.13"}
     text = generate.markdown({"machine": about, "cases": [{"model": "tiny", "tokens": 8, "results": results}]})
-    assert "| tiny | switchgear | 20.0 | 20.0 | 20.0 | 2.00 |  | 1.0% | 8 of 8 |" in text
+    assert "| tiny | switchgear | 20.0 | 20.0 (60%) | 20.0 | 2.00 | 1.0% | 8 of 8 |" in text

@@ -54,32 +54,18 @@ Of the papers that this package goes back to, these have no function of their ow
 """
 
 OTHERS = (
-    ("A Survey on Mixture of Experts; A Survey on Model MoErging", "the parts that they name", "nothing to compute"),
-    ("Convergence Rates for Mixture-of-Experts", "", "a theorem on maximum likelihood"),
     (
-        "Model selection by penalisation in mixtures of experts (GLoME, BLoME)",
-        "its gate, `routing.Gaussian`",
-        "choosing the number of experts by a penalty: whole trainings",
+        "A Survey on Mixture of Experts; A Survey on Model MoErging; Convergence Rates for Mixture-of-Experts; "
+        "Symbolic Mixture-of-Experts; P-Adapters; Mixture-of-Prompts; MRKL Systems",
+        "",
+        "surveys, a theorem, choices of whole models or prompts: no layer",
     ),
-    (
-        "Toward Inference-optimal Mixture-of-Expert Models; Scaling Laws for Upcycling",
-        "costs and laws in `switchgear.analysis`",
-        "the trainings behind their constants",
-    ),
-    ("Symbolic Mixture-of-Experts", "", "chooses whole language models by keywords of a question: no layer"),
-    ("DMoERM", "`adapters`, with a router of sequences", "its recipe of two stages of reward models"),
-    ("JiuZhang 2.0", "`convert.upcycle`", "its curriculum of tasks"),
-    (
-        "Exploring the Benefits of Training Expert Language Models",
-        "`convert.merge_models`",
-        "retrieving an expert by the nearest prompt",
-    ),
-    (
-        "The Obscure Limitation of Modular Multilingual Language Models",
-        "`routing.Lookup` of a language's id",
-        "its study of wrong languages",
-    ),
-    ("P-Adapters; Mixture-of-Prompts; MRKL Systems", "", "choose prompts or tools, not parts of a network"),
+    ("GLoME, BLoME", "the gate, `routing.Gaussian`", "the number of experts chosen by a penalty"),
+    ("Toward Inference-optimal MoE; Scaling Laws for Upcycling", "laws in `switchgear.analysis`", "trainings"),
+    ("DMoERM", "`adapters`, with a router of sequences", "two stages of reward models"),
+    ("JiuZhang 2.0", "`convert.upcycle`", "a curriculum of tasks"),
+    ("Exploring the Benefits of Training Expert Language Models", "`convert.merge_models`", "choice by nearest prompt"),
+    ("The Obscure Limitation of Modular Multilingual Language Models", "`routing.Lookup` of a language", "a study"),
     ("GShard", "`presets.gshard`", "the second expert drawn at random: all of a token's choices count"),
     ("Branch-Train-Stitch", "`presets.branch_train_stitch`", "the training of its language models"),
 )

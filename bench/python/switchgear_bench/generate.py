@@ -353,20 +353,16 @@ def markdown(results: dict[str, Any]) -> str:
         for row in case["results"]:
             rates = row["tokens_per_second"]
             error = "" if row["implementation"] == BASE else f"{row['error']:.1%}"
-            speeds = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in rates.values()]
-            of_read = f"{row['of_read']:.0%}" if "of_read" in row else ""
-            lines.append([case["model"], row["implementation"], *speeds, f"{rates['decode'] / base['decode']:.2f}",
-                          of_read, error, f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
+            speeds = {work: f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for work, rate in rates.items()}
+            if "of_read" in row:
+                speeds["decode"] += f" ({row['of_read']:.0%})"
+            lines.append([case["model"], row["implementation"], *speeds.values(),
+                          f"{rates['decode'] / base['decode']:.2f}", error,
+                          f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
     works = [f"{work}, tokens/s" for work in results["cases"][0]["results"][0]["tokens_per_second"]]
-    header = [
-        "model",
-        "implementation",
-        *works,
-        "decode / first row",
-        "of a plain read",
-        "logits differ by",
-        "same tokens",
-    ]
+    header = ["model", "implementation", *works, "decode / first row", "logits differ by", "same tokens"]
     about = results["machine"]
-    note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}.\n"
-    return f"{markdown_table(header, lines, left=(0, 1))}\n{note}"
+    note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}."
+    if any("of_read" in row for case in results["cases"] for row in case["results"]):
+        note += " In brackets: the bytes of weights that a token reads, as a share of a plain read."
+    return f"{markdown_table(header, lines, left=(0, 1))}\n{note}\n"
