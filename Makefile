@@ -27,6 +27,7 @@
 # make site                          the documentation as a site, in build/site: no warning, no dead link, every public name
 # make clients                       recipes with other libraries, in an environment of their own (docs/clients.md)
 #   KIND=vllm                        the recipe with vLLM, whose packages are of other versions
+#   KIND=linears                     tools for linear layers on experts shown as such
 #   KIND=transformers                transformers' common tests of models: none may fail that passes with its own experts (FAMILIES=…)
 # make build                         editable install, for development
 # make wheel                         dist/*.whl; KIND=sdist: dist/*.tar.gz; KIND=sbom: dist/*.cdx.json, what an installation consists of
@@ -390,6 +391,15 @@ $(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --constrai
 $(call install_again,$(CLIENTS_VENV))
 for client in $(CLIENTS); do $(CLIENTS_VENV)/bin/python examples/clients/$$client.py || exit 1; done
 $(CLIENTS_VENV)/bin/torchrun --nproc-per-node 2 examples/clients/fsdp2.py
+endef
+
+define clients.linears
+$(wheel.wheel)
+$(PYTHON) -m venv $(CLIENTS_VENV)-linears
+$(CLIENTS_VENV)-linears/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt dist/*.whl \
+  transformers accelerate peft torchao
+$(call install_again,$(CLIENTS_VENV)-linears)
+$(CLIENTS_VENV)-linears/bin/python examples/clients/expert_linears.py
 endef
 
 # vLLM imports torchaudio, torchcodec and torchvision if they are there, but not all sources have them for its torch.

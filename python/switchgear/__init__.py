@@ -7,7 +7,8 @@ Functions:  moe (all experts of a layer), and its stages: gate, route, plan, per
             linear (a product with one matrix)
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) for routers with load balancing
-Models:     accelerate(model) runs a Hugging Face model on the kernels; load_gguf, save_gguf, …: GGUF files
+Models:     accelerate(model) runs a Hugging Face model on the kernels; as_linears(model): experts as nn.Linear, for
+            tools; load_gguf, save_gguf, …: GGUF files
 Weights:    store(model, form) converts the experts to a faster or smaller form: "auto", "plain", "panels", "compact",
             "int8", "fp8" and others (docs/weights.md); restore(model) decodes it again. The parts are in
             switchgear.weights
@@ -42,6 +43,7 @@ from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, linear, moe, permute, plan, route
 from switchgear.functional.gradients import accumulate_into_grad
 from switchgear.integrations import is_too_old
+from switchgear.integrations.as_linears import as_linears
 from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
 from switchgear.routing import Context, Router, load_balancing_loss, z_loss
@@ -71,6 +73,7 @@ __all__ = [
     "accumulate_into_grad",
     "adapters",
     "after_step",
+    "as_linears",
     "available_cpu_isas",
     "backend",
     "balance_loss",

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,14 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 from switchgear import offload as ours
+from switchgear.cli.common import CommandError
+from switchgear.weights import stored_of
+from switchgear.weights.store import LinearLayers
 from switchgear_bench import offload, offload_tables
+from switchgear_bench import offload_model_files as model_files
+from switchgear_bench import offload_model_worker as model_worker
+from switchgear_bench import offload_models as models
+from switchgear_bench import offload_routings as routings
 from switchgear_bench.offload_disk import read_rate
 from switchgear_bench.offload_files import (
     CHECKPOINT,
@@ -309,3 +319,165 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest
     assert main(["bench", "offload", "--quick", "--checkpoint", str(tmp_path)]) == 2
     assert "expected a new folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# ---- published models ------------------------------------------------------------------------------------------------
+
+TINY = {
+    "model_type": "qwen3_moe", "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8,
+    "num_experts_per_tok": 2, "vocab_size": 128, "max_position_embeddings": 128,
+}  # fmt: skip
+OSS = {
+    "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "vocab_size": 128, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def config_of(entries: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**entries)
+
+
+@pytest.mark.parametrize("form", model_files.FORMS)
+@pytest.mark.parametrize("entries", [TINY, OSS], ids=["qwen3", "gpt-oss"])
+def test_generated_experts_fit_the_model_and_differ(entries: dict[str, Any], form: str, tmp_path: Path) -> None:
+    store = model_files.write_experts(config_of(entries), form, tmp_path / "store")
+    checksums = [sum_ for records in store.layers.values() for sum_ in records.checksums]
+    assert len(set(checksums)) == len(checksums) == entries["num_hidden_layers"] * 8
+    model = model_files.fill(model_files.build_on_meta(config_of(entries)), "int4")
+    assert {
+        str(getattr(stored_of(linear), "form", None)) for _, linear in LinearLayers(("gate", "router")).find(model)
+    } == {"int4"}
+    with torch.no_grad(), ours.offload(model, store, slots=3):
+        logits = model(torch.arange(12)[None]).logits
+    assert logits.isfinite().all()
+    assert 0.01 < logits.std() < 10
+
+
+def test_as_many_layers_as_the_disk_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(OSS)
+    layer = model_files.layer_bytes(model_files.sources(model_files.build_on_meta(config), "int4").layers[0])
+
+    def fitting(layers: float) -> Any:
+        usage = types.SimpleNamespace(free=model_files.KEEP + int(layers * layer))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        return model_files.fit_layers(config, "int4", tmp_path)
+
+    assert fitting(5) is config
+    assert (fitting(1.5).num_hidden_layers, len(fitting(1.5).layer_types)) == (1, 1)
+    with raises(CommandError):
+        fitting(0.5)
+
+
+def test_a_scaled_trace_is_as_local_as_the_recorded_one() -> None:
+    torch.manual_seed(0)
+    trace = torch.tensor([[(t // 7) % 16, (t // 7 + 1 + t % 3) % 16] for t in range(400)])
+    for num_experts, top_k in ((128, 4), (8, 2), (64, 8)):
+        scaled = routings.scale(trace, num_experts, top_k, 600)
+        assert scaled.shape == (600, top_k)
+        assert (scaled.sort(1).values.diff(dim=1) > 0).all(), "distinct"
+        if num_experts < 16:
+            continue
+        for share in (4, 2):
+            hits = [
+                ours.simulate(
+                    ours.Accesses.of([[row] for row in ids.tolist()], num_experts=count),
+                    ours.LRU(),
+                    slots=count // share,
+                ).hit_rate
+                for ids, count in ((trace, 16), (scaled, num_experts))
+            ]
+            assert hits[1] == pytest.approx(hits[0], abs=0.06)
+
+
+def test_layers_get_the_drawn_experts_one_row_after_the_other() -> None:
+    from transformers import AutoModelForCausalLM
+
+    from switchgear import routing
+    from switchgear.integrations.moe_blocks import moe_blocks
+
+    model: Any = AutoModelForCausalLM.from_config(config_of(TINY))  # type: ignore[no-untyped-call]
+    model.eval()
+    blocks = list(moe_blocks(model).values())
+    drawn = routings.draw("zipf", [(8, 2)] * 3, 5)
+    with torch.no_grad(), routings.chosen(model, [b.layer for b in blocks], drawn), routing.record(model) as found:
+        for ids in ([1, 2], [3, 4], [5, 6]):
+            model(torch.tensor([ids]), use_cache=False)
+    for layer, rows in zip(found.layers.values(), drawn, strict=True):
+        assert torch.equal(layer.topk_ids().sort(1).values, rows[[0, 1, 2, 3, 4, 0]].sort(1).values)
+
+
+def task_in(folder: Path, **changes: Any) -> model_worker.Task:
+    model_files.write_experts(config_of(OSS), "mxfp4", folder / "store")
+    torch.save([torch.randint(16, (50, 2))], folder / "traces.pt")
+    task = model_worker.Task(
+        OSS, str(folder / "store"), str(folder / "result.json"), "int4", list(routings.ROUTINGS),
+        str(folder / "traces.pt"), 5, 3, 4, 0, 0.0, 1, 3,
+    )  # fmt: skip
+    return task._replace(**changes)
+
+
+def test_decoding_counts_the_tokens_after_the_warm_ones(tmp_path: Path) -> None:
+    found = model_worker.run(task_in(tmp_path))
+    assert [row["routing"] for row in found["results"]] == list(routings.ROUTINGS)
+    records = next(iter(ours.Store.open(tmp_path / "store").layers.values()))
+    for row in found["results"]:
+        assert (row["tokens"], row["hits"] + row["misses"]) == (4, 4 * 2 * 2)
+        assert row["read_bytes"] == row["misses"] * records.record_bytes
+        assert row["prompt_bytes"] > 0
+
+
+def test_a_step_of_training(tmp_path: Path) -> None:
+    found = model_worker.run(task_in(tmp_path, steps=2, routings=["uniform"]))["training"]
+    assert found["parameters"] == 2 * 8 * 4 * (64 + 64 + 32 + 64)
+    assert all(0 < loss < 20 for loss in found["losses"])
+    assert found["forward_seconds"] < found["step_seconds"]
+
+
+def test_the_command_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """In this process; the folder of the store is gone afterwards, also if the run fails."""
+    folder, path = tmp_path / "model", tmp_path / "results.json"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(OSS))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stores = []
+
+    def run_here(task: model_worker.Task, limit: int) -> dict[str, Any]:
+        stores.append(Path(task.store))
+        assert stores[-1].is_dir()
+        if fails:
+            raise CommandError("failed")
+        return models.finish(model_worker.run(task._replace(limit=limit)), None)
+
+    monkeypatch.setattr(models, "run_apart", run_here)
+    fails = False
+    command = [
+        "bench",
+        "offload",
+        "--model",
+        str(folder),
+        "--memory",
+        "1G",
+        "--slots",
+        "3",
+        "--quick",
+        "--json",
+        str(path),
+    ]
+    assert main([*command, "--routing", "uniform"]) == 0
+    assert main([*command, "--routing", "zipf"]) == 0
+    assert main([*command, "--train"]) == 0
+    (entry,) = json.loads(path.read_text())["models"]
+    assert [row["routing"] for row in entry["results"]] == ["uniform", "zipf"]
+    assert (entry["slots"], entry["training"]["tokens"]) == (3, models.QUICK)
+    assert "a step of LoRA" in capsys.readouterr().out
+    fails = True
+    assert main([*command, "--routing", "zipf"]) == 2
+    assert not any(store.parent.exists() for store in stores)
+
+
+def test_a_model_needs_a_limit() -> None:
+    assert main(["bench", "offload", "--model", "olmoe"]) == 2

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import fcntl
 import hashlib
 import json
@@ -296,6 +297,33 @@ def test_an_interrupted_store_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(file.name for file in path.iterdir()) == ["index.json", *(f"layer-0000{i}.records" for i in range(4))]
     whole = write_store(model, tmp_path / "whole", "int8")
     assert {n: r.checksums for n, r in whole.layers.items()} == {n: r.checksums for n, r in store.layers.items()}
+
+
+def test_pages_are_written_whatever_the_file_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the page cache or, where that is refused, through it; some at a time."""
+    checksums = write_store(small(2), tmp_path / "whole").layers["1.experts"].checksums
+    pwrite = os.pwrite
+
+    def reluctant(file: int, memory: memoryview, offset: int) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "expected larger pages")
+        return pwrite(file, memory[:4096], offset)
+
+    monkeypatch.setattr(os, "pwrite", reluctant)
+    store = write_store(small(2), tmp_path / "reluctant")
+    store.verify()
+    assert store.layers["1.experts"].checksums == checksums
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EINVAL])
+def test_a_failed_write_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    def failing(file: int, memory: memoryview, offset: int) -> int:
+        raise OSError(error, "broken")
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    with raises(StoreError):
+        write_store(small(1), tmp_path / "s")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_truncated_layer_of_an_interrupted_store_is_written_again(

@@ -19,10 +19,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from switchgear import offload
+from switchgear import files, offload
 from switchgear.cli.common import CommandError, require
 
 from . import llama
+from . import offload_models as models
 from . import offload_tables as tables
 from .competitors import Skip
 from .memory_group import MemoryGroup, memory_limit
@@ -57,14 +58,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(parser, "a small model")
     add_threads(parser)
     add_files(parser, "source json markdown")
+    models.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     about = begin(args, add_arguments)
+    if args.model or (args.source and _schema_of(args.source) == models.SCHEMA):
+        return _run_models(args, about)
     results = read_json(args.source, "--from", SCHEMA) if args.source else _measured(args, about)
     print(tables.text(results))
     write_outputs(args, results, tables.blocks(results))
     return int(not args.source and any(row["wrong"] for row in results["results"]))
+
+
+def _schema_of(path: str) -> Any:
+    try:
+        return files.read_json(path).get("schema")
+    except (OSError, ValueError, AttributeError):  # read_json of .results says it in words
+        return None
+
+
+def _run_models(args: argparse.Namespace, about: dict[str, Any]) -> int:
+    if args.source:
+        results = read_json(args.source, "--from", models.SCHEMA)
+    else:
+        if args.competitors:
+            raise CommandError("--competitors: not with --model")
+        earlier = earlier_results(args, models.SCHEMA, about)
+        found = models.merged(earlier, models.measure(args))
+        results = {"schema": models.SCHEMA, "machine": about, "models": found}
+    print(models.text(results))
+    write_outputs(args, results, models.blocks(results))
+    return 0
 
 
 def _measured(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:

@@ -6,24 +6,29 @@ from __future__ import annotations
 import mmap
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from ctypes import addressof, c_char
 from pathlib import Path
 from time import perf_counter
 
 BLOCK, HUGE_PAGE = 4096, 2 << 20
 
 
-def read_rate(files: Sequence[Path], record_bytes: int, threads: int, most_bytes: int) -> float:
-    """Bytes per second of records in random order, each read once with O_DIRECT, past the page cache."""
+def read_rate(
+    files: Sequence[Path], record_bytes: int, threads: int, most_bytes: int, *, in_order: bool = False
+) -> float:
+    """Bytes per second of records in random order, or that of the files, each read once with O_DIRECT, past the page
+    cache."""
     record_bytes = -(-record_bytes // BLOCK) * BLOCK
     places = [
         (number, offset)
         for number, path in enumerate(files)
         for offset in range(0, path.stat().st_size - record_bytes + 1, record_bytes)
     ]
-    random.Random(0).shuffle(places)
+    if not in_order:
+        random.shuffle(places)  # other places each time, which no cache below the disk has
     places = places[: max(1, most_bytes // record_bytes)]
     if not places:
         raise ValueError(f"files: expected at least one record of {record_bytes} bytes, got none")
@@ -31,7 +36,7 @@ def read_rate(files: Sequence[Path], record_bytes: int, threads: int, most_bytes
     try:
         shares = [places[i::threads] for i in range(threads)]
         with ExitStack() as stack:
-            views = [stack.enter_context(memoryview(stack.enter_context(_memory(record_bytes)))) for _ in shares]
+            views = [stack.enter_context(_memory(record_bytes)) for _ in shares]
 
             def read(share: list[tuple[int, int]], view: memoryview) -> int:
                 return sum(os.preadv(handles[number], [view[:record_bytes]], offset) for number, offset in share)
@@ -45,15 +50,19 @@ def read_rate(files: Sequence[Path], record_bytes: int, threads: int, most_bytes
             os.close(handle)
 
 
-def _memory(size: int) -> mmap.mmap:
-    """Whole pages, huge ones where the system has them as in our cache, and present: the kernel pins each page that a
-    direct read writes into."""
-    memory = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    for begin in range(0, len(memory), BLOCK):
-        memory[begin] = 0
-    return memory
+@contextmanager
+def _memory(size: int) -> Iterator[memoryview]:
+    """Whole pages, huge ones where the system has them as in our cache: a request to the disk has few parts then. They
+    are present: the kernel pins each page that a direct read writes into."""
+    size = -(-size // HUGE_PAGE) * HUGE_PAGE
+    with mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:  # shared: small pages
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        first = -addressof(c_char.from_buffer(memory)) % HUGE_PAGE
+        with memoryview(memory) as whole, whole[first : first + size] as view:
+            for begin in range(0, size, BLOCK):
+                view[begin] = 0
+            yield view
 
 
 def read_ahead(path: Path) -> int | None:

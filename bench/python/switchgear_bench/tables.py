@@ -13,7 +13,11 @@ from switchgear.cli.common import CommandError
 from .report import find_marks
 
 LAYERS = ("machine", "cases", "decoded", "summary", "targets")  # tables of the command `layers`
-COMMANDS = {"compression": "compress", **dict.fromkeys(LAYERS, "layers")}  # others have their table's name
+COMMANDS = {
+    "compression": "compress",
+    "models": "offload",
+    **dict.fromkeys(LAYERS, "layers"),
+}  # others have their table's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -210,6 +210,7 @@ def at_least(least: int) -> Callable[[str], Any]:
 
 positive = at_least(1)
 above_zero = _number(Positive, "a number above 0")
+share = _number(Annotated[float, Range(0, 1)], "a number from 0 to 1")
 not_negative = _number(NotNegative, "a number of at least 0")
 seed = _number(Seed, "an integer of 64 bits")
 UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", "K", "M", "G", "T"))}

@@ -7,7 +7,7 @@ PREDICTIONS from a config and rates. `switchgear offload-plan` replays the choic
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..analysis.models import MODELS
 from . import offload_plan
@@ -36,16 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
+class Prediction(NamedTuple):
+    """Of a token, once the cache is full. hits: share of its experts. read_bytes: from the disk. reading, computing:
+    seconds."""
+
+    routing: str
+    hits: float
+    read_bytes: float
+    reading: float
+    computing: float
+
+
 def run(args: argparse.Namespace) -> int:
     require("rich")
-    budget, found = offload_plan.budget_of(_config_of(args.model), args, keeps_embeddings=True)
-    read = found.decode_bytes(0, 1, args.bits, args.expert_bits)
-    top_k = max(k for _, k, _ in found.moe_layers)
+    found, budget, predictions = predict(config_of(args.model), args)
     made = table("routing", "hits", "MB read per token", "tokens/s at most", "tokens/s, nothing overlaps")
-    for name, skew in ROUTINGS.items():
-        hits = 1.0 if budget.slots == budget.num_experts else hit_rate(budget, top_k, skew)
-        missed = (1 - hits) * sum(k for _, k, _ in found.moe_layers) * budget.record
-        reading, computing = missed / args.disk_rate, read / args.memory_rate
+    for name, hits, missed, reading, computing in predictions:
         made.add_row(
             name, f"{hits:.0%}", f"{missed / 1e6:.0f}", f"{1 / max(reading, computing):.2f}",
             f"{1 / (reading + computing):.2f}",
@@ -56,6 +62,19 @@ def run(args: argparse.Namespace) -> int:
     print(budget)
     console().print(made)
     return 0
+
+
+def predict(config: Any, args: argparse.Namespace) -> tuple[Any, offload_plan.Budget, list[Prediction]]:
+    """The `analysis.Cost`, the budget, and a prediction for each of ROUTINGS."""
+    budget, found = offload_plan.budget_of(config, args, keeps_embeddings=True)
+    read = found.decode_bytes(0, 1, args.bits, args.expert_bits)
+    top_k = max(k for _, k, _ in found.moe_layers)
+    predictions = []
+    for name, skew in ROUTINGS.items():
+        hits = 1.0 if budget.slots == budget.num_experts else hit_rate(budget, top_k, skew)
+        missed = (1 - hits) * sum(k for _, k, _ in found.moe_layers) * budget.record
+        predictions.append(Prediction(name, hits, missed, missed / args.disk_rate, read / args.memory_rate))
+    return found, budget, predictions
 
 
 def hit_rate(budget: offload_plan.Budget, top_k: int, skew: float) -> float:
@@ -69,7 +88,8 @@ def hit_rate(budget: offload_plan.Budget, top_k: int, skew: float) -> float:
     return (whole.hits - warm.hits) / ((STEPS - WARM) * top_k)
 
 
-def _config_of(model: str) -> Any:
+def config_of(model: str) -> Any:
+    """Of a model in MODELS, or of the folder of a checkpoint."""
     auto = require("transformers").AutoConfig
     if model in MODELS:
         return auto.for_model(**MODELS[model])

@@ -19,12 +19,11 @@ from torch.nn import functional as F
 
 from switchgear.checks import list_of_names
 from switchgear.experts import Experts
-from switchgear.functional import glu, grouped_gemm, plan
+from switchgear.functional import grouped_gemm, plan
 from switchgear.integrations.gates import get_own_gate
 from switchgear.integrations.moe_blocks import MoeBlock, is_transposed, moe_blocks
 from switchgear.layers.shared import SharedExperts
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.ops import GluOptions
 from switchgear.reference import activations
 from switchgear.routing.router import Router
 from switchgear.weights.module import check_plain
@@ -402,7 +401,7 @@ def expert_layer(block: MoeBlock) -> ExpertLayer:
             got = type(parameter.value).__name__
             raise ValueError(f"{name}: expected a plain parameter {parameter.name}, got {got}")
     scales_input = type(experts).__name__.startswith("Llama4") or bool(getattr(block.block, "scale_input", False))
-    return ExpertLayer(name, block, experts, parameters, is_transposed(experts), _activation(experts), scales_input)
+    return ExpertLayer(name, block, experts, parameters, is_transposed(experts), get_own_gate(experts), scales_input)
 
 
 def _projections(name: str, experts: nn.Module) -> tuple[ExpertTensor, ExpertTensor]:
@@ -424,10 +423,3 @@ def _stacked(experts: nn.Module, path: str) -> ExpertTensor | None:
         return None
     weight = module._parameters.get(name)
     return None if weight is None or weight.dim() != 3 else ExpertTensor(module, name)
-
-
-def _activation(experts: Any) -> Callable[[Tensor], Tensor]:
-    if not isinstance(experts, Experts):
-        return get_own_gate(experts)
-    options: dict[str, Any] = {name: getattr(experts, name) for name in GluOptions._fields}
-    return lambda h: glu(h, **options)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -20,13 +22,38 @@ from switchgear.weights.weight import OffloadedWeight
 
 
 class ExpertWeights(NamedTuple):
-    """Views of a model's parameters, never copies, or stored weights (switchgear.store). N is 2I for gated experts,
-    I for plain ones."""
+    """Views of a model's parameters, never copies, stored weights (switchgear.store), or ExpertLinears. N is 2I for
+    gated experts, I for plain ones."""
 
     gate_up_proj: AnyWeight  # [E, N, H]
     down_proj: AnyWeight  # [E, H, I]
     gate_up_bias: Tensor | None = None  # [E, N]
     down_bias: Tensor | None = None  # [E, H]
+
+
+class ExpertLinears(NamedTuple):
+    """The matrices of a projection as linear layers, which are called: those of expert e are experts.<e>.<name>."""
+
+    experts: nn.Module
+    names: tuple[str, ...]  # gate_proj and up_proj, whose results are joined; or one
+    interleaved: bool  # the columns of gate and up alternate
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    def project(self, x: Tensor, expert_offsets: Tensor, token_indices: Tensor | None) -> Tensor:
+        """[S,N]: results for x, or for its rows `token_indices` [S], ordered by expert. An expert without rows is not
+        called."""
+        offsets = expert_offsets.tolist()
+        count = len(x) if token_indices is None else len(token_indices)
+        rows = x if token_indices is None else x[token_indices[: offsets[-1]]]
+        results = []
+        for expert, (begin, end) in enumerate(itertools.pairwise(offsets)):
+            if begin < end:
+                part = self.experts.get_submodule(str(expert))
+                parts = [getattr(part, name)(rows[begin:end]) for name in self.names]
+                results.append(torch.stack(parts, -1).flatten(1) if self.interleaved else torch.cat(parts, -1))
+        empty = x.new_zeros(count - offsets[-1], self.shape[1])
+        return torch.cat((*results, empty.to(results[0].dtype) if results else empty))
 
 
 # Classes of experts whose own loop over experts takes ids below E only. Those of all others skip the id E.
@@ -55,8 +82,9 @@ def run_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Expe
 
     x: [T, H]. topk_ids: [T, K] integers, -1 for an empty slot. topk_weights: [T, K] of any float dtype.
     """
-    gate, is_normed = find_gate(module), has_post_norm(module)
-    if gate is not None and not is_normed:
+    calls_layers, is_normed = isinstance(weights.gate_up_proj, ExpertLinears), has_post_norm(module)
+    gate = None if calls_layers or is_normed else find_gate(module)
+    if gate is not None:
         return run_fused(x, topk_ids, topk_weights, weights, gate)
     plan = functional.plan(topk_ids, weights.gate_up_proj.shape[0])
     h = project(x, weights.gate_up_proj, plan.expert_offsets, weights.gate_up_bias, plan.token_indices)
@@ -90,12 +118,14 @@ def _cast(x: Tensor, weight: AnyWeight) -> Tensor:
 
 def project(
     x: Tensor,
-    weight: AnyWeight | Sequence[Tensor],
+    weight: AnyWeight | ExpertLinears | Sequence[Tensor],
     expert_offsets: Tensor,
     bias: Tensor | None = None,
     token_indices: Tensor | None = None,
 ) -> Tensor:
     """`switchgear.grouped_gemm` with x cast to the dtype of the weights: models may keep weights in a wider dtype."""
+    if isinstance(weight, ExpertLinears):
+        return weight.project(x.to(weight.dtype), expert_offsets, token_indices)
     first: Any = weight
     if type(first) in (list, tuple):  # an AdaptedWeight is a NamedTuple, and no list of matrices
         first = first[0]

@@ -31,15 +31,19 @@ def runs_own_forward(module: nn.Module) -> bool:
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Replaces the forward of a module that runs its own. Returns an undo function, which leaves those of others."""
-    ours = types.MethodType(forward, module)
+    """Replaces the forward of a module that runs its own, or one of ours. Returns an undo function, which leaves those
+    of others."""
+    ours, before = types.MethodType(forward, module), vars(module).get(_get_attribute(module))
     setattr(module, _get_attribute(module), ours)
 
     def undo() -> None:
-        if vars(module).get("forward") is ours:
+        own = before if _is_swap(before) else None
+        if vars(module).get("forward") is ours and own is None:
             del module.forward
-        elif vars(module).get(_get_attribute(module)) is ours:
-            setattr(module, _get_attribute(module), types.MethodType(type(module).forward, module))
+            return
+        for name in ("forward", "_old_forward"):
+            if vars(module).get(name) is ours:
+                setattr(module, name, own or types.MethodType(type(module).forward, module))
 
     return undo
 

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.experts import Experts
+from switchgear.functional import glu
 from switchgear.integrations.forwards import has_hooks
 from switchgear.ops import GluOptions
 from switchgear.reference.activations import ACTIVATIONS, glu_of, halves
@@ -33,6 +35,9 @@ PLAIN_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "swiglu_oai") 
 
 def get_own_gate(module: Any) -> Callable[[Tensor], Tensor]:
     """The model's own gate: [rows, 2I] -> [rows, I], or [rows, I] -> [rows, I] for ungated experts."""
+    if isinstance(module, Experts):
+        options: dict[str, Any] = {name: getattr(module, name) for name in GluOptions._fields}
+        return lambda h: glu(h, **options)
     is_gated = getattr(module, "has_gate", True)
     if is_gated and hasattr(module, "_apply_gate"):
         apply_gate: Callable[[Tensor], Tensor] = module._apply_gate

@@ -7,8 +7,11 @@ write_store writes one from a model or a checkpoint, Store.open opens it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import torch
 from torch import nn
 
 from switchgear import _C
-from switchgear.files import AnyPath, Kind, Unfinished, bytes_of, is_gguf, write_whole, writing
+from switchgear.files import AnyPath, Kind, Unfinished, bytes_of, is_gguf, replacing, write_whole
 from switchgear.offload import store_index, store_sources
 from switchgear.offload.store_records import PAGE, Records, StoreError, StoreFull, fill, lay_out_records
 from switchgear.weights.form import Form
@@ -161,7 +164,7 @@ def write_store(
         found = read(Path(source), wanted, dtype)
     text = store_sources.AS_PUBLISHED if wanted is None else str(wanted)
     try:
-        _write(found, Path(path), text, progress, resume)
+        write_from(found, Path(path), text, progress, resume)
     finally:
         found.close()
     return Store.open(path)
@@ -181,7 +184,7 @@ def _form(form: str | Form, options: dict[str, Any]) -> Form | None:
 # ---- layer by layer --------------------------------------------------------------------------------------------------
 
 
-def _write(source: store_sources.Source, target: Path, form: str, progress: Progress, resume: bool) -> None:
+def write_from(source: store_sources.Source, target: Path, form: str, progress: Progress, resume: bool) -> None:
     """Writes a store to `target`, which must not exist. Holds one layer at a time."""
     if target.exists() or target.is_symlink():
         raise ValueError(f"path: expected one that does not exist, got {target}")
@@ -221,25 +224,64 @@ def _find_finished(unfinished: Unfinished, name: str, fingerprint: str) -> Recor
 
 
 def write_layer(file: Path, name: str, weights: tuple[Weight, Weight]) -> Records:
-    """Writes the records of a layer into a file, which is complete or not there."""
+    """Writes the records of a layer into a file, which is complete or not there. One record is written past the page
+    cache, which would hold what the cache of experts is to hold, while the next one is filled."""
     records = lay_out_records(name, file.name, weights)
-    whole = torch.zeros(records.record_bytes + PAGE, dtype=torch.uint8)
-    record = whole[-whole.data_ptr() % PAGE :][: records.record_bytes]
-    memory = bytes_of(record)
+    whole = torch.zeros(2 * records.record_bytes + PAGE, dtype=torch.uint8)
+    both = whole[-whole.data_ptr() % PAGE :][: 2 * records.record_bytes].view(2, -1)
     checksums = []
-    with STORE.named_errors(file), writing(file) as opened:
-        _reserve(opened.fileno(), records.nbytes)
-        for expert, size in enumerate(records.sizes):
-            if records.bits:
-                record.zero_()  # the last expert may have been longer
-            fill(record[None], records, weights, expert)
-            checksums.append(_C.checksum(record.data_ptr(), size))
-            opened.write(memory[:size])
-        opened.flush()
-        os.fsync(opened.fileno())
-        if hasattr(os, "posix_fadvise"):  # the page cache would hold what the cache of experts is to hold
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with STORE.named_errors(file), replacing(file) as unfinished, _opened_past_cache(unfinished) as opened:
+        _reserve(opened, records.nbytes)
+        with ThreadPoolExecutor(1) as writer:
+            begun: Future[None] | None = None
+            for expert, (size, offset) in enumerate(zip(records.sizes, records.offsets, strict=True)):
+                record = both[expert % 2]
+                if records.bits:
+                    record.zero_()  # an earlier expert may have been longer
+                fill(record[None], records, weights, expert)
+                checksums.append(_C.checksum(record.data_ptr(), size))
+                if begun is not None:
+                    begun.result()
+                begun = writer.submit(_write_at, opened, bytes_of(record)[:size], offset)
+            if begun is not None:
+                begun.result()
     return replace(records, checksums=tuple(checksums))
+
+
+@contextmanager
+def _opened_past_cache(path: Path) -> Iterator[int]:
+    opened = os.open(path, os.O_WRONLY)
+    try:
+        _set_direct(opened, True)
+        yield opened
+        os.fsync(opened)
+        if hasattr(os, "posix_fadvise"):  # a file system that caches it all the same
+            os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(opened)
+
+
+def _set_direct(file: int, direct: bool) -> None:
+    """Does nothing where the system or the file system has no O_DIRECT."""
+    flag = getattr(os, "O_DIRECT", 0)
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    with suppress(OSError):
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | flag if direct else flags & ~flag)
+
+
+def _write_at(file: int, memory: memoryview, offset: int) -> None:
+    """Whole pages at a page."""
+    is_direct = True
+    while memory:
+        try:
+            count = os.pwrite(file, memory, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not is_direct:
+                raise
+            is_direct = False  # a file system that takes the flag, but wants more than whole pages
+            _set_direct(file, False)
+            continue
+        memory, offset = memory[count:], offset + count
 
 
 def _reserve(file: int, nbytes: int) -> None:
