@@ -57,6 +57,8 @@ def test_grpo_has_the_log_probabilities_of_its_rollouts(steps: int, dtype: torch
     pytest.importorskip("transformers", reason="transformers is not installed")
     results = load("grpo")["main"](steps, dtype)
     assert {result.difference for result in results} == {0.0}
+    if dtype is torch.float32:  # with instructions for bfloat16 torch may have no difference in it either
+        assert max(result.plain_difference for result in results) > 0
     if steps == 40:
         assert results[-1].reward > results[0].reward + 0.15
 

@@ -116,14 +116,11 @@ def build(model: Model) -> Any:
         torch.set_default_dtype(default)
 
 
-class InLlama:
+class InLlama(Decoder):
     """llama.cpp, with a GGUF file."""
 
     def __init__(self, path: Path) -> None:
         self._llama = Llama(path, LENGTH, torch.get_num_threads(), SEQUENCES)
-
-    def begin(self) -> None:
-        pass
 
     def logits(self, prompt: list[int]) -> Tensor:
         self._llama.forget()
@@ -145,15 +142,12 @@ def _write_for_llama(model: Model, folder: str, kind: str) -> InLlama:
     return InLlama(path)
 
 
-class InTransformers:
+class InTransformers(Decoder):
     """`generate`, after `prepare`."""
 
     def __init__(self, model: Any, prepare: Callable[[Any], object] = lambda _: None) -> None:
         self._model = model
         prepare(model)
-
-    def begin(self) -> None:
-        pass
 
     @torch.inference_mode()
     def logits(self, prompt: list[int]) -> Tensor:

@@ -48,11 +48,11 @@ def build_on_meta(config: Any) -> Any:
 
 def fit_layers(config: Any, form: str, folder: Path) -> Any:
     """The config, or one with as many layers as the disk has room for."""
-    sizes = [layer_bytes(source) for source in sources(build_on_meta(config), form).layers[:1]]
+    generated = sources(build_on_meta(config), form).layers
     layers = config.num_hidden_layers
-    others = layers - len(sources(build_on_meta(config), form).layers)  # without experts
-    room = max(shutil.disk_usage(folder).free - KEEP, 0) // sizes[0]
-    return config if room >= layers - others else with_layers(config, others + room)
+    others = layers - len(generated)  # without experts
+    room = max(shutil.disk_usage(folder).free - KEEP, 0) // layer_bytes(generated[0])
+    return config if room >= len(generated) else with_layers(config, others + room)
 
 
 def with_layers(config: Any, count: int) -> Any:
