@@ -85,6 +85,7 @@ class Decoder(Protocol):
 
     def begin(self) -> None:
         """Before a turn of it; not timed."""
+        return None
 
     def logits(self, prompt: list[int]) -> Tensor:
         """Of the token that follows, [vocabulary], float32."""
