@@ -47,6 +47,7 @@ ALLOWED = {
     "functional/layer.py _check_both_trained": "two lists of experts that are not the same tensor",
     "offload/waves.py _cast": "autocast of experts in a cache, which waits for them anyway: only those in use",
     "offload/waves.py LayerInWaves._part": "experts of a cache, which waits for its choices anyway: those of a wave",
+    "integrations/experts.py ExpertLinears.project": "calls a linear layer with the rows of each expert: as_linears",
     "integrations/hook_points.py _JetMoe.write": "its layers take the numbers of tokens as a list",
     "papers/layers/monet.py MonetExperts.disable": "called between steps",
     "reference/policies.py assign_balanced": "ends early on the CPU only",
