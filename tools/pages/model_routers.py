@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,20 @@ random model in float32, in transformers' own code.
 - **selection**: how the router's choice is made anew: the score, groups, and what happens to the weights. It is
   verified on each router when `override` or `replay` begins: with random weights and tokens it must give the router's
   own choice and weights, else it is refused.
-- **override**: max |logits - the model's| / max |the model's| with an `override` that changes nothing, and whether an
-  expert that is disabled gets no token. Gemma 4, its diffusion and Muse Spark amplify one ulp of their embeddings.
+- **override**: the largest max |logits - the model's| / max |the model's| of these types, with an `override` that
+  changes nothing. An expert that is disabled gets no token. Gemma 4, its diffusion and Muse Spark amplify one ulp of
+  their embeddings.
 - **replay**: whether a step has the recorded choices, bit by bit, after all routers' weights have moved.
 
 {counts}
 
 This page is generated: `PYTHONPATH=tests python tools/pages/model_routers.py docs/model_routers.md`
 
-| model type | selection | override | replay |
-|---|---|---|---|
+| selection | model types | override | replay |
+|---|---|---:|---|
 {rows}
+
+{refused}
 """
 
 
@@ -78,12 +82,24 @@ def _in_words(method: Any) -> str:
     return ", ".join([*words, *(word for word, holds in ends.items() if holds)])
 
 
-def row(model_type: str) -> tuple[str, bool, bool, bool]:
-    """A line of the table, and whether entropy, override and replay work."""
+@dataclass(frozen=True)
+class Found:
+    """What works with the routers of a model type. `refused` says why they have no `selection`."""
+
+    model_type: str
+    selection: str = ""
+    refused: str = ""
+    entropy: bool = False
+    difference: float = math.nan  # infinite if an expert that is disabled gets tokens
+    replay: str = "no"
+
+
+def try_type(model_type: str) -> Found:
+    """Builds a model and runs all of it."""
     model = build(model_type)
     blocks = moe_blocks(model)
     if not blocks or model_type in BARE:
-        return f"| {model_type} | none | | |", False, False, False
+        return Found(model_type, refused="no router")
     _fill(blocks)
     inputs = example_inputs(model)
     with RoutingTrace(model) as trace:
@@ -93,10 +109,8 @@ def row(model_type: str) -> tuple[str, bool, bool, bool]:
         selections = " / ".join(dict.fromkeys(selection_of(block) for block in blocks.values()))
         overridden = _overridden(model, inputs, plain)
     except ValueError as error:
-        return f"| {model_type} | {_reason(error)} | no | no |", entropy, False, False
-    replayed = _replayed(model, inputs, blocks)
-    cells = [model_type, selections, overridden[0], replayed]
-    return f"| {' | '.join(cells)} |", entropy, overridden[1], replayed == "yes"
+        return Found(model_type, refused=_reason(error), entropy=entropy)
+    return Found(model_type, selections, "", entropy, overridden, _replayed(model, inputs, blocks))
 
 
 def _fill(blocks: dict[str, MoeBlock]) -> None:
@@ -115,13 +129,13 @@ def _fill(blocks: dict[str, MoeBlock]) -> None:
                 gate.tid2eid.copy_(keys.topk(gate.top_k).indices)
 
 
-def _overridden(model: nn.Module, inputs: dict[str, Any], plain: Tensor) -> tuple[str, bool]:
+def _overridden(model: nn.Module, inputs: dict[str, Any], plain: Tensor) -> float:
     with override(model, gain={0: 1.0}):
         difference = float((_output(model, inputs) - plain).abs().max() / plain.abs().max())
     with override(model, disable=[0]), RoutingTrace(model) as trace:
         _output(model, inputs)
     obeyed = all(int(layer.tokens_per_expert[0]) == 0 for layer in trace.layers.values())
-    return f"{difference:.1e}" if obeyed else "an expert is not disabled", obeyed and difference < 1e-3
+    return difference if obeyed else math.inf
 
 
 def _replayed(model: nn.Module, inputs: dict[str, Any], blocks: dict[str, MoeBlock]) -> str:
@@ -137,9 +151,9 @@ def _replayed(model: nn.Module, inputs: dict[str, Any], blocks: dict[str, MoeBlo
         with replay(model, choices), record(model) as again:
             _output(model, inputs)
     except ValueError as error:
-        return f"no: {_reason(error)}"
+        return f"no, {_reason(error)}"
     want, got = ({name: layer.topk_ids() for name, layer in r.layers.items()} for r in (choices, again))
-    return _yes(all(torch.equal(got[name], want[name]) for name in want))
+    return "yes" if all(torch.equal(got[name], want[name]) for name in want) else "no"
 
 
 def _output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -154,23 +168,32 @@ def _reason(error: ValueError) -> str:
     return str(error).partition(": ")[2].partition(" on 64")[0]
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
 def table() -> str:
     """The page's text. Takes a minute."""
     found = []
     for model_type in MODEL_TYPES:
-        found.append(row(model_type))
+        found.append(try_type(model_type))
         print(f"{len(found):3} {model_type}", file=sys.stderr)
-    lines, *kinds = zip(*found, strict=True)
-    entropy, overridden, replayed = (sum(map(bool, kind)) for kind in kinds)
+    groups: dict[str, list[Found]] = {}
+    for one in found:
+        if one.selection:
+            groups.setdefault(one.selection, []).append(one)
+    entropy, overridden = sum(one.entropy for one in found), sum(one.difference < 1e-3 for one in found)
+    replayed = sum(one.replay == "yes" for one in found)
     counts = (
-        f"Of {len(lines)} types, {entropy} have an entropy in `RoutingTrace`, {overridden} an `override`, {replayed} a "
+        f"Of {len(found)} types, {entropy} have an entropy in `RoutingTrace`, {overridden} an `override`, {replayed} a "
         "replay."
     )
-    return PAGE.format(transformers=transformers.__version__, counts=counts, rows="\n".join(map(str, lines)))
+    rows = "\n".join(_row(*group) for group in sorted(groups.items()))
+    refused = "\n".join(f"- {one.model_type}: {one.refused}" for one in found if one.refused)
+    return PAGE.format(transformers=transformers.__version__, counts=counts, rows=rows, refused=refused)
+
+
+def _row(selection: str, group: list[Found]) -> str:
+    names = ", ".join(one.model_type for one in group)
+    replays = ["yes" if len(group) > 1 else "", *(f"{o.model_type} {o.replay}" for o in group if o.replay != "yes")]
+    replay = "; ".join(filter(None, replays)) or "yes"
+    return f"| {selection} | {names} | {max(one.difference for one in group):.1e} | {replay} |"
 
 
 if __name__ == "__main__":

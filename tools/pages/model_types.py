@@ -48,12 +48,13 @@ after `switchgear.accelerate(model)`, with the same weights and inputs.
   transformers' decorator: they need `switchgear.accelerate(model)`, since transformers ignores
   `experts_implementation="switchgear"` there.
 - **difference**: max |ours - theirs| / max |theirs| over the experts modules, each fed the inputs that it had in the
-  model: the largest of the output and all gradients (of every parameter, the hidden states and the router's weights).
+  model: the largest of the output and all gradients (of every parameter, the hidden states and the router's weights),
+  and of all types of the row.
 
 This page is generated: `PYTHONPATH=tests python tools/pages/model_types.py docs/model_types.md`
 
-| model type | path | gate | difference | remark |
-|---|---|---|---|---|
+| model types | path | gate | difference | remark |
+|---|---|---|---:|---|
 {rows}
 
 Not replaced: {not_experts}.
@@ -68,14 +69,13 @@ def experts_classes() -> set[str]:
     return found | {name.split(".")[-1] for name in PATCHES}
 
 
-def _row(model_type: str, class_name: str, model: nn.Module, result: Comparison) -> str:
+def _kind(class_name: str, model: nn.Module, result: Comparison) -> tuple[str, str, str]:
+    """Path, gate and remark of a class of experts."""
     replaced = [replacement for replacement in result.replacements if replacement.class_name == class_name]
     paths = " / ".join(sorted({replacement.path for replacement in replaced}, reverse=True))
     patched = any(name.endswith(f".{class_name}") for name in PATCHES)
     module: Any = model.get_submodule(replaced[0].name)
-    difference = f"{max(result.modules):.1e}"
-    cells = [model_type, paths + " (patched)" * patched, _gate(module), difference, _remark(module)]
-    return f"| {' | '.join(cells)} |"
+    return paths + " (patched)" * patched, _gate(module), _remark(module)
 
 
 def _gate(module: Any) -> str:
@@ -98,16 +98,20 @@ def _remark(module: Any) -> str:
 
 def table() -> str:
     """The page's text. Takes minutes: about eighty models run four times each."""
-    rows, seen = [], set()
+    kinds: dict[tuple[str, str, str], dict[str, float]] = {}
+    seen: set[str] = set()
     for model_type in MODEL_TYPES:
         model = build(model_type)
         result = compare(model, example_inputs(model))
-        classes = sorted({replacement.class_name for replacement in result.replacements})
-        rows += [_row(model_type, class_name, model, result) for class_name in classes]
-        seen.update(classes)
-        print(f"{len(rows):3} {model_type}", file=sys.stderr)
-    missing = experts_classes() - seen
-    rows += [f"| ? | {class_name} is absent from MODEL_TYPES ||||" for class_name in sorted(missing)]
+        classes = {replacement.class_name for replacement in result.replacements}
+        for class_name in classes:
+            kinds.setdefault(_kind(class_name, model, result), {})[model_type] = max(result.modules)
+        seen |= classes
+        print(f"{len(seen):3} {model_type}", file=sys.stderr)
+    rows = []
+    for (path, gate, remark), found in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
+        rows.append(f"| {', '.join(found)} | {path} | {gate} | {max(found.values()):.1e} | {remark} |")
+    rows += [f"| ? | {name} is absent from MODEL_TYPES ||||" for name in sorted(experts_classes() - seen)]
     not_experts = "; ".join(f"{name.split('.')[-1]} ({reason})" for name, reason in NOT_EXPERTS.items())
     backend = f"switchgear {switchgear.__version__} ({switchgear.backend()}, {switchgear.cpu_isa()})"
     return PAGE.format(
