@@ -43,6 +43,18 @@ def test_info_prints_text(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
+def test_info_prints_the_folder_of_the_cmake_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info._C, "__file__", str(tmp_path / "_C.so"))
+    assert main(["info", "--cmake-dir"]) == 2
+    package = tmp_path / "lib/cmake/switchgear"
+    package.mkdir(parents=True)
+    capsys.readouterr()
+    assert main(["info", "--cmake-dir"]) == 0
+    assert capsys.readouterr().out == f"{package}\n"
+
+
 def test_a_reader_that_ends_early_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """`switchgear info | head -3`: no traceback, also from the flush at exit."""
     read, write = os.pipe()

@@ -20,9 +20,10 @@ from pathlib import Path
 
 ALLOWED = {"libgomp.so.1", "libm.so.6", "libc.so.6", "libpthread.so.0", "librt.so.1", "libdl.so.2", "libgcc_s.so.1"}
 LARGEST = 100 << 20  # of an upload, in bytes
-WANTED = (r"__init__\.py", r"py\.typed", r"_C\.pyi", r"_C\..*\.so")
+CPP = (r"lib/cmake/switchgear/switchgear-config\.cmake", r"lib/libswitchgear_core\.a", r"include/switchgear/ops\.h")
+WANTED = (r"__init__\.py", r"py\.typed", r"_C\.pyi", r"_C\..*\.so", *CPP)
 WANTED_WITH_CUDA = (*WANTED, r"_cuda\..*\.so")
-UNWANTED = re.compile(r"(^|/)(tests?|__pycache__|build)/|\.(o|a|cpp|h|cu|cuh|inl)$")
+UNWANTED = re.compile(r"(^|/)(tests?|__pycache__|build)/|^(?!switchgear/(lib|include)/).*\.(o|a|cpp|h|cu|cuh|inl)$")
 
 
 def readelf(module: Path, *options: str) -> str:

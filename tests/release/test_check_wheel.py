@@ -10,7 +10,10 @@ from pathlib import Path
 import check_wheel
 import pytest
 
-FILES = ["switchgear/__init__.py", "switchgear/py.typed", "switchgear/_C.pyi"]
+FILES = [
+    "switchgear/__init__.py", "switchgear/py.typed", "switchgear/_C.pyi", "switchgear/include/switchgear/ops.h",
+    "switchgear/lib/libswitchgear_core.a", "switchgear/lib/cmake/switchgear/switchgear-config.cmake",
+]  # fmt: skip
 CPU, CUDA = "switchgear/_C.cpython-312-x86_64-linux-gnu.so", "switchgear/_cuda.cpython-312-x86_64-linux-gnu.so"
 WITHOUT_CPU, WITHOUT_CUDA = r"no file is switchgear/_C\..*\.so", r"no file is switchgear/_cuda\..*\.so"
 
@@ -23,6 +26,7 @@ WITHOUT_CPU, WITHOUT_CUDA = r"no file is switchgear/_C\..*\.so", r"no file is sw
         ([CPU], "OFF", []),
         ([CPU], "AUTO", []),
         ([CUDA], "AUTO", [WITHOUT_CPU]),
+        ([CPU, "switchgear/cli/info.h"], "OFF", ["switchgear/cli/info.h does not belong in a wheel"]),
         ([], "ON", [WITHOUT_CPU, WITHOUT_CUDA]),
     ],
 )

@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from switchgear import _C
 from ..cuda import NO_MODULE
 from ..utils.packages import installed_version
 from . import machine
-from .common import optional
+from .common import CommandError, optional
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--cmake-dir", action="store_true", help="print the folder of the CMake package, for C++ projects"
+    )
 
 
 def _describe_cuda() -> dict[str, Any]:
@@ -118,7 +122,17 @@ def _format(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def _find_cmake_package() -> Path:
+    folder = Path(_C.__file__).parent / "lib/cmake/switchgear"
+    if not folder.is_dir():
+        raise CommandError(f"{folder} does not exist: only installed packages have the C++ library")
+    return folder
+
+
 def run(args: argparse.Namespace) -> int:
+    if args.cmake_dir:
+        print(_find_cmake_package())
+        return 0
     info = collect()
     if args.json:
         print(json.dumps(info, indent=2, default=str))
