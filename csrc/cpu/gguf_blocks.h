@@ -36,6 +36,7 @@ struct Run {
   Vector v;
   explicit Run(const uint8_t* p) { __builtin_memcpy(&v, p, sizeof v); }
 };
+typedef uint64_t Eights __attribute__((vector_size(16)));
 template <typename Vector>
 inline void store_vector(uint8_t* p, const Vector& v) {
   __builtin_memcpy(p, &v, sizeof v);
@@ -81,7 +82,6 @@ inline void look_up_nibbles(uint8_t* codes, const uint8_t* p, const int8_t* tabl
 
 // Codes of 5 bits: nibbles as above, and the highest bit of each column in order.
 inline void unpack_fives(uint8_t* codes, const uint8_t* p, const uint8_t* bits) {
-  typedef uint64_t Eights __attribute__((vector_size(16)));
   constexpr uint64_t kEach = 0x0101010101010101u, kBit = 0x8040201008040201u;  // bit j in byte j
   const Run<16> run(p);
   const auto sixteens = [&](int half) {
@@ -190,15 +190,16 @@ struct Block<Format::kQ3K> : WideBlock<16, 4> {
   }
   static Factors factors(const uint8_t* b) {
     Factors f{.d = half_at(b + 108)};
-    uint64_t low, eights[2];
+    uint64_t low;
     uint32_t high;
     __builtin_memcpy(&low, b + 96, 8);
     __builtin_memcpy(&high, b + 104, 4);
-    for (int i = 0; i < 2; ++i) {  // nibbles i of `low`, with pairs of bits 2 · i and 2 · i + 1 of `high`
+    const auto eight = [&](int i) {  // nibbles i of `low`, with pairs of bits 2 · i and 2 · i + 1 of `high`
       const uint64_t four = high >> 4 * i & 0x03030303, other = high >> (4 * i + 2) & 0x03030303;
-      eights[i] = subtract_32((low >> 4 * i & 0x0f0f0f0f0f0f0f0f) | four << 4 | other << 36);
-    }
-    __builtin_memcpy(f.s, eights, 16);
+      return (low >> 4 * i & 0x0f0f0f0f0f0f0f0f) | four << 4 | other << 36;
+    };
+    const Eights both = {eight(0), eight(1)};  // one store, since all 16 are read at once
+    store_vector(reinterpret_cast<uint8_t*>(f.s), reinterpret_cast<const Run<16>::Vector&>(both) - 32);
     return f;
   }
 };

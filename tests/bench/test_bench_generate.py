@@ -12,12 +12,16 @@ import torch
 
 import switchgear
 from errors import raises
-from switchgear.integrations.gguf import save_gguf
-from switchgear_bench import generate, llama
+from gguf_models import logits_of, make_model
+from switchgear.integrations.gguf import load_gguf, save_gguf
+from switchgear.integrations.gguf_file import read_gguf
+from switchgear.reference import gguf
+from switchgear_bench import generate, generate_files, llama
 from switchgear_bench.competitors import Skip
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+WORKS = generate.list_works([generate.LONG_PROMPT])
 SMALL = generate.Model(
     "", layers=2, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2, heads=2, vocabulary=96
 )
@@ -31,11 +35,11 @@ def test_decoders_agree(kind: str, tmp_path: Path) -> None:
         switchgear.accelerate(built)
         save_gguf(built, model, "q8_0")
     makers = generate.makers_of(model)
-    expected = makers[generate.BASE](model, "").logits([5, 6, 7])
+    expected = makers[generate.BASE](model, "", 64).logits([5, 6, 7])
     for name in makers:
         if not name.startswith("switchgear"):
             continue
-        decoder = makers[name](model, "")
+        decoder = makers[name](model, "", 64)
         error = float((decoder.logits([5, 6, 7]) - expected).norm() / expected.norm())
         assert error <= (1.0 if name in generate.LOSSY else generate.TOLERANCE), name
         assert len(decoder.decode(1, 3)) == len(decoder.decode(1, 3, 2)) == 3
@@ -60,7 +64,7 @@ class Stand:
         turns = [(9.0, 9.0, 5.0, [7])] * 4 + [(1.0, 1.0, 0.0, [7])] * 2
         self.answers: list[Any] = [{name: torch.ones(4)}]
         for turn in turns:
-            self.answers += [None, *(turn for _ in generate.WORK)]
+            self.answers += [None, *(turn for _ in WORKS)]
         self.connection = SimpleNamespace(send=lambda request: None)
 
     def receive(self) -> Any:
@@ -76,7 +80,58 @@ def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(generate, "read_bandwidth", lambda num_threads: 1e9)
     for row in generate.measure(SMALL, "tiny", 1, 5, 1)["results"]:
         assert set(row["tokens_per_second"].values()) == {1.0}
-        assert row["quiet_turns"] == 2 * len(generate.WORK)
+        assert row["quiet_turns"] == 2 * len(WORKS)
+
+
+def test_processes_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = tmp_path / "drawn.gguf", []
+
+    class Watched(Stand):
+        def __init__(self, name: str, *rest: Any) -> None:
+            super().__init__(name, *rest)
+            opened.append(name)
+
+    monkeypatch.setattr(generate_files, "BLOCKS", 97)
+    generate_files.write_drawn(make_model("qwen3moe").config, "q8_0", path)
+    monkeypatch.setattr(generate, "Child", Watched)
+    monkeypatch.setattr(generate, "wait_for_quiet", lambda longest: None)
+    monkeypatch.setattr(generate, "read_bandwidth", lambda num_threads: 1e9)
+    for free, turns, expected in [
+        (1 << 40, 3, [*generate.OF_FILES]),
+        (1, generate.ALONE_TURNS, ["switchgear", "llama.cpp"] * generate.ALONE_TURNS),
+    ]:
+        opened.clear()
+        monkeypatch.setattr(generate, "free_memory_bytes", lambda free=free: free)
+        case = generate.measure(path, "drawn", 1, 3, 1)
+        assert opened == expected
+        assert [row["implementation"] for row in case["results"]] == ["switchgear", "llama.cpp"]
+        assert case["turns"] == turns
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "head", "experts"),
+    [("qwen3moe", "q4_k_m", "q6_k", "q4_k"), ("gpt-oss", "mxfp4_gguf", "q8_0", "mxfp4_gguf")],
+)
+def test_drawn_weights(
+    name: str, kind: str, head: str, experts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_files, "BLOCKS", 4099)
+    generate_files._encode_pool.cache_clear()
+    path = tmp_path / "drawn.gguf"
+    generate_files.write_drawn(make_model(name).config, kind, path)
+    tensors = read_gguf(path).tensors
+    assert (tensors["output.weight"].type, tensors["blk.0.ffn_gate_exps.weight"].type) == (head, experts)
+    for tensor in tensors.values():
+        if len(tensor.shape) > 1 and tensor.type in gguf.TYPES:
+            rows = gguf.decode(tensor.type, tensor.data).flatten(0, -2)
+            assert len(rows.unique(dim=0)) == len(rows)
+            assert 0.95 < rows.std() / generate_files.STD < 1.05
+    assert logits_of(load_gguf(path)).std() > 0.1
+    sizes, all_experts = (
+        generate_files.measure_sizes(path),
+        sum(tensor.data.nbytes for each, tensor in tensors.items() if "_exps." in each),
+    )
+    assert sizes.whole - sizes.read == tensors["token_embd.weight"].data.nbytes + all_experts // 2
 
 
 def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,12 +140,12 @@ def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(llama.importlib, "import_module", missing)
     with raises(Skip):
-        generate.MAKERS["llama.cpp"](SMALL, str(tmp_path))
+        generate.MAKERS["llama.cpp"](SMALL, str(tmp_path), 64)
 
 
 def test_the_table() -> None:
     row = {"error": 0.01, "of_read": 0.6, "same_tokens": 8, "quiet_turns": 3}
-    results = [row | {"implementation": name, "tokens_per_second": dict.fromkeys(generate.WORK, 10.0 * (i + 1))}
+    results = [row | {"implementation": name, "tokens_per_second": dict.fromkeys(WORKS, 10.0 * (i + 1))}
                for i, name in enumerate([generate.BASE, "switchgear"])]  # fmt: skip
     about = {"model": "a processor", "threads": 2, "isa": "avx2", "torch": "2.13"}
     text = generate.markdown({"machine": about, "cases": [{"model": "tiny", "tokens": 8, "results": results}]})

@@ -4,14 +4,16 @@
 Each implementation has a process of its own, with the same random weights; those of a model at true size share one, and
 its weights. They work in turns: a long prompt; then one token as the prompt of a text, or of several, and a token at a
 time. Before that, logits of a prompt are compared with transformers' own in the same dtype, and afterwards the tokens.
-A GGUF file is run as it is, and its logits are compared with transformers' for the decoded weights.
+A GGUF file is run as it is, and its logits are compared with transformers' for the decoded weights if memory has room
+for them. If it has no room for two implementations of a file, each turn has a process of its own, which loads the file.
+`--model` writes the file of a published model with drawn weights (generate_files.py).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,15 +27,19 @@ from torch import Tensor
 
 import switchgear
 from switchgear._C import read_bandwidth
-from switchgear.cli.common import CommandError, console, markdown_table, require
+from switchgear.analysis.models import MODELS as PUBLISHED
+from switchgear.cli import plan as plan_cli
+from switchgear.cli.common import CommandError, console, markdown_table, positive, require
 from switchgear.integrations.gguf import load_gguf, save_gguf
 from switchgear.integrations.transformers import undo_accelerate
 from switchgear_bench.processes import Child
 
 from .competitors import Skip
+from .generate_files import KINDS, Sizes, measure_sizes, read_through, write_drawn
 from .llama import Llama, package
-from .machine import busy_seconds_elsewhere
-from .options import add_competitors_folder, add_files, add_quick, add_shapes, add_threads, begin, choose
+from .machine import busy_seconds_elsewhere, free_memory_bytes
+from .offload_model_files import with_layers
+from .options import add_competitors_folder, add_files, add_quick, add_shapes, add_threads, begin, choose, positives
 from .report import threads, write_outputs
 from .results import read_json, rounded
 from .timing import STIRRED, TICK, counted, wait_for_quiet
@@ -43,6 +49,8 @@ GGUF_TOLERANCE = 0.25  # logits of random weights of 2 to 8 bits, by activations
 TOKENS, TURNS = 64, 7
 QUICK_TOKENS, QUICK_TURNS = 8, 3
 SHARED_TURNS = 3  # of a minute and a half
+ALONE_TOKENS, ALONE_TURNS = 16, 2  # of minutes
+WARM_TOKENS = 2  # of a new process
 LONG_PROMPT, SEQUENCES = 256, 8
 PROMPT, LENGTH = 16, 512  # tokens: whose logits are compared; of the longest text
 BASE = "transformers"
@@ -91,7 +99,7 @@ class Decoder(Protocol):
         """Of the token that follows, [vocabulary], float32."""
 
     def decode(self, first: int, count: int, sequences: int = 1) -> list[int]:
-        """The next tokens, greedily, of as many equal texts; those of one."""
+        """The next tokens, greedily, of texts that begin with tokens first, first + 1, …; those of the first text."""
 
 
 # ---- in transformers -------------------------------------------------------------------------------------------------
@@ -120,8 +128,8 @@ def build(model: Model) -> Any:
 class InLlama(Decoder):
     """llama.cpp, with a GGUF file."""
 
-    def __init__(self, path: Path) -> None:
-        self._llama = Llama(path, LENGTH, torch.get_num_threads(), SEQUENCES)
+    def __init__(self, path: Path, length: int) -> None:
+        self._llama = Llama(path, length, torch.get_num_threads(), SEQUENCES)
 
     def logits(self, prompt: list[int]) -> Tensor:
         self._llama.forget()
@@ -129,18 +137,19 @@ class InLlama(Decoder):
 
     def decode(self, first: int, count: int, sequences: int = 1) -> list[int]:
         self._llama.forget()
-        tokens = [first]
+        tokens = [list(range(first, first + sequences))]
         for place in range(count):
-            tokens.append(int(self._llama.step(tokens[-1:] * sequences, place if sequences > 1 else None).argmax()))
-        return tokens[1:]
+            logits = self._llama.step(tokens[-1], place if sequences > 1 else None)
+            tokens.append(logits.view(sequences, -1).argmax(1).tolist())
+        return [step[0] for step in tokens[1:]]
 
 
-def _write_for_llama(model: Model, folder: str, kind: str) -> InLlama:
+def _write_for_llama(model: Model, folder: str, length: int, kind: str) -> InLlama:
     package()
     built, path = build(model), Path(folder, f"{kind}.gguf")
     switchgear.accelerate(built)
     save_gguf(built, path, kind)
-    return InLlama(path)
+    return InLlama(path, length)
 
 
 class InTransformers(Decoder):
@@ -157,7 +166,7 @@ class InTransformers(Decoder):
 
     @torch.inference_mode()
     def decode(self, first: int, count: int, sequences: int = 1) -> list[int]:
-        prompt = torch.full((sequences, 1), first)
+        prompt = torch.arange(first, first + sequences)[:, None]
         ids = self._model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
         tokens: list[int] = ids[0, 1:].tolist()
         return tokens
@@ -194,49 +203,64 @@ def _accelerate(model: Any, form: str = "plain", whole_layers: bool = False) -> 
         switchgear.store(model, form, linears=form, skip=["gate"])
 
 
-MAKERS: dict[str, Callable[[Model, str], Decoder]] = {
-    BASE: lambda model, folder: InTransformers(build(model)),
-    "switchgear, experts": lambda model, folder: InTransformers(build(model), _accelerate),
-    "switchgear": lambda model, folder: InTransformers(build(model), partial(_accelerate, whole_layers=True)),
+MAKERS: dict[str, Callable[[Model, str, int], Decoder]] = {
+    BASE: lambda model, folder, length: InTransformers(build(model)),
+    "switchgear, experts": lambda model, folder, length: InTransformers(build(model), _accelerate),
+    "switchgear": lambda model, folder, length: InTransformers(build(model), partial(_accelerate, whole_layers=True)),
     "llama.cpp": partial(_write_for_llama, kind="bf16"),
-    "switchgear, int4": lambda model, folder: InTransformers(
+    "switchgear, int4": lambda model, folder, length: InTransformers(
         build(model), partial(_accelerate, form="int4", whole_layers=True)
     ),
-    "switchgear, Q4_0": lambda model, folder: InTransformers(
+    "switchgear, Q4_0": lambda model, folder, length: InTransformers(
         build(model), partial(_accelerate, form="q4_0", whole_layers=True)
     ),
     "llama.cpp, Q4_0": partial(_write_for_llama, kind="q4_0"),
 }
 LOSSY = {"switchgear, int4", "switchgear, Q4_0", "llama.cpp, Q4_0"}
-OF_FILES: dict[str, Callable[[Path, str], Decoder]] = {
-    BASE: lambda path, folder: InTransformers(load_gguf(path, dtype=torch.bfloat16), switchgear.restore),
-    "switchgear": lambda path, folder: InTransformers(
+OF_FILES: dict[str, Callable[[Path, str, int], Decoder]] = {
+    BASE: lambda path, folder, length: InTransformers(load_gguf(path, dtype=torch.bfloat16), switchgear.restore),
+    "switchgear": lambda path, folder, length: InTransformers(
         load_gguf(path, dtype=torch.bfloat16), partial(switchgear.accelerate, whole_layers=True)
     ),
-    "llama.cpp": lambda path, folder: InLlama(path),
+    "llama.cpp": lambda path, folder, length: InLlama(path, length),
 }
-WORK: dict[str, Callable[[Decoder, int], tuple[int, Any]]] = {  # what is timed: its tokens, and an answer
-    "prefill": lambda decoder, count: (LONG_PROMPT, decoder.logits(list(range(1, LONG_PROMPT + 1)))),
-    "decode": lambda decoder, count: (count, decoder.decode(1, count)),
-    f"decode of {SEQUENCES}": lambda decoder, count: (SEQUENCES * count, decoder.decode(1, count, SEQUENCES)),
-}
+
+
+class Work(NamedTuple):
+    """What is timed."""
+
+    kind: str  # "prefill" or "decode"
+    size: int  # tokens of the prompt, or texts
+
+    def do(self, decoder: Decoder, count: int) -> tuple[int, Any]:
+        """Its tokens, and an answer."""
+        if self.kind == "prefill":
+            return self.size, decoder.logits([1 + place % 1000 for place in range(self.size)])
+        return self.size * count, decoder.decode(1, count, self.size)
+
+
+def list_works(prompts: Sequence[int]) -> dict[str, Work]:
+    found = {f"prefill of {size}": Work("prefill", size) for size in prompts}
+    return found | {"decode": Work("decode", 1), f"decode of {SEQUENCES} texts": Work("decode", SEQUENCES)}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def makers_of(model: Model | Path) -> Mapping[str, Callable[[Any, str], Decoder]]:
+def makers_of(model: Model | Path) -> Mapping[str, Callable[[Any, str, int], Decoder]]:
     return OF_FILES if isinstance(model, Path) else MAKERS
 
 
-def _serve(connection: Connection, names: tuple[str, ...], model: Model | Path, folder: str, thread_count: int) -> None:
+def _serve(
+    connection: Connection, names: tuple[str, ...], model: Model | Path, folder: str, length: int, thread_count: int
+) -> None:
     """Sends logits by implementation, or why there are none; then takes (implementation, work, tokens)."""
     torch.set_num_threads(thread_count)
     try:
         if len(names) > 1:
             decoders = build_in_turns(cast(Model, model))
         else:
-            decoders = {name: makers_of(model)[name](model, folder) for name in names}
+            decoders = {name: makers_of(model)[name](model, folder, length) for name in names}
     except Skip as reason:
         connection.send(("ok", reason.args[0]))
         return
@@ -252,73 +276,146 @@ def _serve(connection: Connection, names: tuple[str, ...], model: Model | Path, 
             connection.send(("ok", None))
             continue
         before, start = busy_seconds_elsewhere(), perf_counter()
-        num_tokens, answer = WORK[work](decoders[name], count)
+        num_tokens, answer = work.do(decoders[name], count)
         seconds = perf_counter() - start
         connection.send(("ok", (seconds / num_tokens, seconds, busy_seconds_elsewhere() - before, answer)))
 
 
-def measure(model: Model | Path, name: str, count: int, turns: int, thread_count: int) -> dict[str, Any]:
+class Plan(NamedTuple):
+    """How a model is measured. groups: implementations that share a process. is_alone: a process lives for a turn."""
+
+    groups: list[tuple[str, ...]]
+    turns: int
+    tokens: int
+    is_alone: bool = False
+
+
+def plan(model: Model | Path, count: int, turns: int) -> Plan:
+    """A file's decoded weights are left out if memory has no room for them."""
+    groups: list[tuple[str, ...]] = [(maker,) for maker in makers_of(model)]
+    if isinstance(model, Model):
+        return Plan([IN_TURNS], min(turns, SHARED_TURNS), count) if model.is_shared else Plan(groups, turns, count)
+    free, sizes = free_memory_bytes() or 0, measure_sizes(model)
+    if sizes.whole + sizes.decoded > 0.9 * free:
+        groups.remove((BASE,))
+    if 2 * sizes.whole > free:  # llama.cpp may keep weights in another order
+        return Plan(groups, ALONE_TURNS, min(count, ALONE_TOKENS), is_alone=True)
+    return Plan(groups, turns, count)
+
+
+class _Case:
+    """The processes of a model, and what they have answered."""
+
+    def __init__(self, stack: ExitStack, model: Model | Path, name: str, length: int, thread_count: int) -> None:
+        self.results: dict[str, dict[str, Any]] = {}
+        self.skipped: list[dict[str, str]] = []
+        self.taken: dict[tuple[str, str], list[tuple[list[float], bool]]] = {}
+        self.answers: dict[tuple[str, str], Any] = {}
+        self._stack, self._model, self._name = stack, model, name
+        self._arguments = model, stack.enter_context(TemporaryDirectory()), length, thread_count
+        self._expected: Tensor | None = None
+
+    def open(self, group: tuple[str, ...]) -> Child | None:
+        """A process, whose logits are compared with the first one's. None if there is nothing to time."""
+        child = Child(", ".join(group), _serve, group, *self._arguments)
+        self._stack.callback(child.close)
+        answer = child.receive()
+        if isinstance(answer, str):
+            self.skipped.append({"implementation": group[0], "reason": answer})
+            return None
+        is_file = isinstance(self._model, Path)
+        for maker, found in answer.items():
+            self._expected = found if self._expected is None else self._expected
+            error = float((found - self._expected).norm() / self._expected.norm())
+            if maker not in LOSSY and not error <= (GGUF_TOLERANCE if is_file else TOLERANCE):
+                raise CommandError(f"{self._name}: logits of {maker} differ by {error:.2g}")
+            if is_file and maker == BASE:
+                child.close()
+                return None
+            self.results.setdefault(maker, {"implementation": maker, "error": error})
+        return child
+
+    def time(self, child: Child, maker: str, works: Mapping[str, Work], count: int, *, is_timed: bool = True) -> None:
+        child.connection.send((maker, BEGIN, 0))
+        child.receive()
+        for name, work in works.items():
+            wait_for_quiet(1.0)
+            child.connection.send((maker, work, count))
+            each, seconds, busy, self.answers[maker, name] = child.receive()
+            if is_timed:
+                self.taken.setdefault((maker, name), []).append(([each], busy <= STIRRED * seconds + TICK))
+
+
+def measure(
+    model: Model | Path, name: str, count: int, turns: int, thread_count: int, prompts: Sequence[int] = (LONG_PROMPT,)
+) -> dict[str, Any]:
     """One model by all implementations. That of a file by transformers is not timed: it may fill the memory."""
-    is_file = isinstance(model, Path)
-    results: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
-    is_shared = isinstance(model, Model) and model.is_shared
-    turns = min(turns, SHARED_TURNS) if is_shared else turns
-    groups = [IN_TURNS] if is_shared else [(maker,) for maker in makers_of(model)]
+    groups, turns, count, is_alone = plan(model, count, turns)
+    sizes = measure_sizes(model) if isinstance(model, Path) else Sizes(0, model.bytes_read, 0)
+    works, reads = list_works(prompts), []
+    children: dict[tuple[str, ...], Child | None] = {}
     with ExitStack() as stack:
-        folder = stack.enter_context(TemporaryDirectory())
-        children: dict[str, Child] = {}
-        expected = torch.empty(0)
-        for group in groups:
-            child = Child(", ".join(group), _serve, group, model, folder, thread_count)
-            stack.callback(child.close)
-            answer = child.receive()
-            if isinstance(answer, str):
-                skipped.append({"implementation": group[0], "reason": answer})
-                continue
-            for maker, found in answer.items():
-                expected = found if maker == BASE else expected
-                error = float((found - expected).norm() / expected.norm())
-                if maker not in LOSSY and not error <= (GGUF_TOLERANCE if is_file else TOLERANCE):
-                    raise CommandError(f"{name}: logits of {maker} differ from transformers' by {error:.2g}")
-                if is_file and maker == BASE:
-                    child.close()
-                    continue
-                children[maker] = child
-                results.append({"implementation": maker, "error": error})
-        taken: dict[tuple[str, str], list[tuple[list[float], bool]]] = {}
-        answers: dict[tuple[str, str], Any] = {}
-        reads = []
-        for turn in range(turns + 1):  # the first one is not timed
+        case = _Case(stack, model, name, max(LENGTH, *prompts), thread_count)
+        for _ in range(turns):
             reads.append(read_bandwidth(thread_count))
-            for maker, child in children.items():
-                child.connection.send((maker, BEGIN, 0))
-                child.receive()
-                for work in WORK:
-                    wait_for_quiet(1.0)
-                    child.connection.send((maker, work, count))
-                    each, seconds, busy, answers[maker, work] = child.receive()
-                    if turn:
-                        taken.setdefault((maker, work), []).append(([each], busy <= STIRRED * seconds + TICK))
-        first = results[0]["implementation"]
-        for row in results:
-            maker = row["implementation"]
-            tokens, expected_tokens = answers[maker, "decode"], answers[first, "decode"]
-            row["same_tokens"] = next((i for i in range(count) if tokens[i] != expected_tokens[i]), count)
-            row["tokens_per_second"] = {work: 1 / median(counted(taken[maker, work])) for work in WORK}
-            row["quiet_turns"] = sum(is_quiet for work in WORK for _, is_quiet in taken[maker, work])
-            if isinstance(model, Model) and maker not in LOSSY:
-                row["of_read"] = row["tokens_per_second"]["decode"] * model.bytes_read / median(reads)
-    return {"model": name, "tokens": count, "turns": turns, "results": rounded(results), "skipped": skipped}
+            for group in groups:
+                if is_new := group not in children:
+                    if is_alone:
+                        read_through(cast(Path, model))
+                    children[group] = case.open(group)
+                if (child := children[group]) is None:
+                    continue
+                for maker in group:
+                    if is_new:
+                        case.time(child, maker, works, WARM_TOKENS, is_timed=False)
+                    case.time(child, maker, works, count)
+                if is_alone:
+                    child.close()
+                    del children[group]
+    rate = median(reads)
+    first = next(iter(case.results))
+    for maker, row in case.results.items():
+        tokens, expected = case.answers[maker, "decode"], case.answers[first, "decode"]
+        row["same_tokens"] = next((i for i in range(count) if tokens[i] != expected[i]), count)
+        row["tokens_per_second"] = {work: 1 / median(counted(case.taken[maker, work])) for work in works}
+        row["quiet_turns"] = sum(is_quiet for work in works for _, is_quiet in case.taken[maker, work])
+        if isinstance(model, Path) or maker not in LOSSY:
+            row["of_read"] = row["tokens_per_second"]["decode"] * sizes.read / rate
+    about = {"model": name, "tokens": count, "turns": turns, "token_bytes": sizes.read, "read_rate": rate}
+    made: dict[str, Any] = rounded(about | {"results": list(case.results.values()), "skipped": case.skipped})
+    return made
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shapes(parser, MODELS, "tiny,olmoe")
-    parser.add_argument("--gguf", type=Path, nargs="+", metavar="FILE", help="GGUF files instead, beside llama.cpp")
+    add = parser.add_argument
+    add("--gguf", type=Path, nargs="+", metavar="FILE", help="GGUF files instead, beside llama.cpp")
+    add(
+        "--model",
+        metavar="MODEL",
+        help=f"a GGUF file with drawn weights of {', '.join(PUBLISHED)}, or of a folder with a config.json",
+    )
+    add("--type", metavar="LIST", default="q4_k_m", help="of that file: q4_0, q4_k_m, …; a file for each")
+    add("--layers", type=positive, metavar="N", help="of that model (default: all)")
+    add("--keep", metavar="DIR", help="folder for these files, which are used again (default: they are deleted)")
+    add("--prompts", metavar="LIST", type=positives, default=(LONG_PROMPT,), help=f"lengths (default: {LONG_PROMPT})")
     add_competitors_folder(parser)
     add_quick(parser, "a small model and few tokens")
     add_threads(parser)
     add_files(parser, "source json markdown")
+
+
+def write_models(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """Files of --model, each deleted when the next one is wanted."""
+    config = plan_cli.config_of(args.model)
+    config = with_layers(config, args.layers) if args.layers else config
+    for kind in choose("type", args.type, KINDS):
+        with nullcontext(args.keep) if args.keep else TemporaryDirectory() as folder:
+            path = Path(folder, f"{Path(args.model).name}-{config.num_hidden_layers}-{kind}.gguf")
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_drawn(config, kind, path)
+            yield f"{Path(args.model).name}, {kind}" + (f", {args.layers} layers" if args.layers else ""), path
 
 
 def run(args: argparse.Namespace) -> int:
@@ -331,8 +428,8 @@ def run(args: argparse.Namespace) -> int:
         count, turns = (QUICK_TOKENS, QUICK_TURNS) if args.quick else (TOKENS, TURNS)
         names = choose("shapes", args.shapes or ("tiny" if args.quick else "tiny,olmoe"), MODELS)
         files = {path.name: path for path in args.gguf or ()}
-        models = files or {name: MODELS[name] for name in names}
-        cases = [measure(model, name, count, turns, args.threads) for name, model in models.items()]
+        models = write_models(args) if args.model else iter((files or {name: MODELS[name] for name in names}).items())
+        cases = [measure(model, name, count, turns, args.threads, args.prompts) for name, model in models]
         results = {"schema": SCHEMA, "machine": about, "cases": cases}
     console().print(markdown(results))
     for case in results["cases"]:
@@ -347,7 +444,7 @@ def markdown(results: dict[str, Any]) -> str:
         base = case["results"][0]["tokens_per_second"]
         for row in case["results"]:
             rates = row["tokens_per_second"]
-            error = "" if row["implementation"] == BASE else f"{row['error']:.1%}"
+            error = f"{row['error']:.1%}" if row["error"] else ""
             speeds = {work: f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for work, rate in rates.items()}
             if "of_read" in row:
                 speeds["decode"] += f" ({row['of_read']:.0%})"
@@ -360,4 +457,11 @@ def markdown(results: dict[str, Any]) -> str:
     note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}."
     if any("of_read" in row for case in results["cases"] for row in case["results"]):
         note += " In brackets: the bytes of weights that a token reads, as a share of a plain read."
+    reads = [
+        f"{case['model']} {case['token_bytes'] / 1e9:.3g} GB of {case['read_rate'] / 1e9:.3g} GB/s"
+        for case in results["cases"]
+        if "token_bytes" in case
+    ]
+    if reads:
+        note += f" A token reads, and a plain read has: {'; '.join(reads)}."
     return f"{markdown_table(header, lines, left=(0, 1))}\n{note}\n"

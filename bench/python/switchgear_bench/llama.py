@@ -52,7 +52,7 @@ class Llama:
 
     def step(self, ids: list[int], place: int | None = None) -> Tensor:
         """Token ids that follow those before -> logits [V] of the last one. place: of the ids, each of a text of its
-        own; None: all are of one text."""
+        own, and logits are [texts, V]; None: all are of one text."""
         library = self._library
         if place is None:
             array = (library.llama_token * len(ids))(*ids)  # which the batch points into
@@ -65,9 +65,11 @@ class Llama:
                 batch.n_seq_id[text], batch.seq_id[text][0] = 1, text
         if library.llama_decode(self._context, batch):
             raise RuntimeError("llama.cpp does not decode")
-        logits = library.llama_get_logits_ith(self._context, -1)
-        values = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float * self._vocab_size)).contents
-        return torch.frombuffer(values, dtype=torch.float32).clone()
+        places = [-1] if place is None else range(len(ids))
+        pointers = [library.llama_get_logits_ith(self._context, index) for index in places]
+        arrays = [ctypes.cast(one, ctypes.POINTER(ctypes.c_float * self._vocab_size)).contents for one in pointers]
+        logits = torch.stack([torch.frombuffer(array, dtype=torch.float32) for array in arrays])
+        return logits[0] if place is None else logits
 
     def forget(self) -> None:
         """Starts a new text."""

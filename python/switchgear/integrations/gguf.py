@@ -43,7 +43,7 @@ from switchgear.integrations.gguf_architectures import (
     take_part,
     write_config,
 )
-from switchgear.integrations.gguf_file import PLAIN, DeferredTensor, GgufFile, GgufTensor, read_gguf, write_gguf
+from switchgear.integrations.gguf_file import PLAIN, DeferredTensor, GgufFile, GgufTensor, Value, read_gguf, write_gguf
 from switchgear.integrations.transformers import accelerate
 from switchgear.reference import gguf
 from switchgear.weights.adapted import has_adapters
@@ -331,20 +331,26 @@ def save_gguf(model: nn.Module, path: AnyPath, type: str | None = None, *, like:
         ValueError: the architecture or type is unknown, `like` is of another, the model has adapters, experts on disk,
             or parameters that the format has no name for. OSError: a file cannot be read or written.
     """
-    name, known = choose_architecture(model)
-    config: Any = model.config
     names = (*FLOAT_TYPES[:3], *gguf.TYPES, *RECIPES)
     if type is not None and type not in names:
         raise ValueError(f"type: expected one of {', '.join(names)}, got {type!r}")
+    write_gguf(path, *describe_model(model, type, like))
+
+
+def describe_model(
+    model: Any, type: str | None, like: AnyPath | None = None
+) -> tuple[dict[str, Value], dict[str, DeferredTensor]]:
+    """The metadata and tensors that `save_gguf` writes."""
+    name, known = choose_architecture(model)
     source = None if like is None else read_gguf(like)
     if source is not None and source.get(ARCHITECTURE) != name:
         raise ValueError(f"like: expected a file of {name}, got {source.get(ARCHITECTURE)!r}")
-    metadata = write_config(config, name, known, source)
+    metadata = write_config(model.config, name, known, source)
     old = {} if source is None else source.tensors
-    choose = _chooser(type, old, config.num_hidden_layers)
+    choose = _chooser(type, old, model.config.num_hidden_layers)
     order = {each: index for index, each in enumerate(old)}
     tensors = sorted(_list_tensors(model, known, choose, old), key=lambda item: order.get(item[0], len(order)))
-    write_gguf(path, metadata, dict(tensors))
+    return metadata, dict(tensors)
 
 
 def _chooser(type: str | None, like: Mapping[str, GgufTensor], layers: int) -> Callable[[str, Sequence[int]], str]:
