@@ -182,6 +182,54 @@ def test_peft_saves_its_adapters_alone(tmp_path: Path) -> None:
     cache.close()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_trainer_resumes_with_the_bits_of_the_resident_model(tmp_path: Path) -> None:
+    """Steps need more experts than there are slots. The first run is interrupted between two checkpoints."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def adapted(base: Any) -> Any:
+        torch.manual_seed(5)
+        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets))
+
+    def trainer(model: Any, folder: str, callbacks: tuple[TrainerCallback, ...] = ()) -> Any:
+        arguments = TrainingArguments(
+            str(tmp_path / folder), max_steps=4, per_device_train_batch_size=2, learning_rate=0.1, save_steps=2,
+            report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        tokens = torch.randint(64, (8, 12), generator=torch.Generator().manual_seed(0))
+        pieces = [{"input_ids": row, "labels": row} for row in tokens]
+        return Trainer(model, arguments, train_dataset=pieces, callbacks=list(callbacks))
+
+    def trained(model: Any) -> dict[str, torch.Tensor]:
+        return copied({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+
+    model = adapted(model_of("mixtral"))
+    first = trained(model)
+    trainer(model, "resident").train()
+    wanted = trained(model)
+    assert all(not torch.equal(first[name], tensor) for name, tensor in wanted.items())
+
+    base = model_of("mixtral")
+    store = offload.write_store(base, tmp_path / "s")
+    with offload.offload(base, store, slots=2), pytest.raises(KeyboardInterrupt):
+        trainer(adapted(base), "offloaded", (Interrupt(),)).train()
+    base = model_of("mixtral")
+    with offload.offload(base, store, slots=2):
+        model = adapted(base)
+        trainer(model, "offloaded").train(resume_from_checkpoint=True)
+        found = trained(model)
+    assert sorted(found) == sorted(wanted)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 def test_transformers_saves_its_adapters_alone(tmp_path: Path) -> None:
     """save_pretrained of a model that has loaded adapters: it takes them from the state dict, and writes no others."""
     seen: dict[str, Any] = {}
