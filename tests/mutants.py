@@ -53,10 +53,10 @@ class Covered:
 
 KERNELS, INTEGERS = "cpu/kernels_generic", "cpu/integers_generic"
 FILES = {
-    "checks.cpp": Covered("checks", "checks slots"),
-    "ops.cpp": Covered("ops", "checks gate permute glu slots grouped_gemm"),
+    "checks.cpp": Covered("checks", "checks checks_options slots"),
+    "ops.cpp": Covered("ops", "checks checks_options gate permute glu slots grouped_gemm attention adapters"),
     "reader.cpp": Covered("reader", "reader"),
-    "weight_checks.cpp": Covered("weight_checks", "checks panels slots minifloat groups integers"),
+    "weight_checks.cpp": Covered("weight_checks", "checks checks_weights panels slots minifloat groups integers"),
     "cpu/adapter.cpp": Covered("cpu/adapter", "adapters"),
     "cpu/adapter.h": Covered("cpu/adapter cpu/moe_forward cpu/moe_backward cpu/token_sum", "adapters"),
     "cpu/assign_balanced.cpp": Covered("cpu/assign_balanced", "policies:assign_balanced"),
@@ -81,7 +81,7 @@ FILES = {
     ),
     "cpu/dot_products.inl": Covered(KERNELS, "grouped_gemm gate reads"),
     "cpu/exp.h": Covered("cpu/rows_generic", "route"),
-    "cpu/experts.h": Covered("cpu/moe_forward cpu/grouped_gemm cpu/gate", "gate grouped_gemm moe panels compact"),
+    "cpu/experts.h": Covered("cpu/moe_forward cpu/grouped_gemm cpu/gate", "gate grouped_gemm moe panels compact groups"),
     "cpu/fit_capacity.cpp": Covered("cpu/fit_capacity", "policies:fit_capacity"),
     "cpu/float_mode.h": Covered("cpu/threads", "threads:float_mode"),
     "cpu/gate.cpp": Covered("cpu/gate", "gate"),
@@ -95,7 +95,7 @@ FILES = {
     "cpu/log.h": Covered("cpu/assign_capped", "policies:assign_capped"),
     "cpu/minifloat_decoders.h": Covered("cpu/kernels_avx512", "minifloat", "avx512"),
     "cpu/minifloat_products.inl": Covered(KERNELS, "minifloat groups"),
-    "cpu/moe_backward.cpp": Covered("cpu/moe_backward", "moe:backward slots:gradients"),
+    "cpu/moe_backward.cpp": Covered("cpu/moe_backward", "moe:backward slots:gradients adapters"),
     "cpu/moe_forward.cpp": Covered("cpu/moe_forward", "moe:forward slots panels minifloat"),
     "cpu/multiply.inl": Covered(KERNELS, "grouped_gemm moe"),
     "cpu/norms.cpp": Covered("cpu/norms", "attention"),

@@ -15,7 +15,7 @@
 
 namespace switchgear::test {
 
-constexpr int64_t T = 3, H = 4, E = 5, K = 2, I = 7, N = 14, S = T * K, M = 2, B = 2;
+constexpr int64_t T = 3, H = 4, E = 5, K = 2, I = 7, N = 14, S = T * K, M = 2, B = 2, R = 8;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN(), kInf = std::numeric_limits<float>::infinity();
 
 inline std::string complaint_of(const std::function<void()>& run) {
@@ -304,10 +304,18 @@ inline std::vector<Tensor> weight_tensors(ExpertWeights& w) {
   return {{"gate_up_proj", &w.gate_up_proj.data, kPlainMatrices},
           {"down_proj", &w.down_proj.data, kPlainMatrices},
           {"gate_up_bias", &w.gate_up_bias, kRows, true},
-          {"down_bias", &w.down_bias, kRows, true}};
+          {"down_bias", &w.down_bias, kRows, true},
+          {"down_adapter_a", &w.down_adapter.a, kPlainMatrices, true},
+          {"down_adapter_b", &w.down_adapter.b, kPlainMatrices},
+          {"down_adapter_scales", &w.down_adapter.scales},
+          {"down_adapter_ranks", &w.down_adapter.ranks, kDense, true}};
 }
 inline ExpertWeights expert_weights() {
-  return {{.data = floats({E, N, H})}, {.data = floats({E, H, I})}, floats({E, N}), floats({E, H})};
+  return {.gate_up_proj = {.data = floats({E, N, H})},
+          .down_proj = {.data = floats({E, H, I})},
+          .gate_up_bias = floats({E, N}),
+          .down_bias = floats({E, H}),
+          .down_adapter = {.a = floats({E, R, I}), .b = floats({E, H, R}), .scales = floats({E}), .ranks = ints({E})}};
 }
 
 inline Op moe_forward_op(MoeForwardArgs& a) {

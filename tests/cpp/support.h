@@ -244,7 +244,7 @@ inline std::vector<std::string> isas_to_test() {
 
 // run(exec) writes `outputs`. For each ISA, all thread counts give the same bits, although the outputs hold 0xFF in one run
 // and 0x00 in the next: so every element is written. Then check() compares the outputs with the reference. The ISAs with
-// VNNI, and neondot, only differ in kernels for integer weights.
+// VNNI, and neondot, only differ in kernels for integer weights and GGUF's types.
 enum class Isas { kFloat, kAll };
 
 template <typename Run, typename Check>

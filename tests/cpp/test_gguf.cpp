@@ -53,44 +53,48 @@ TEST(products_are_those_of_rounded_rows_in_any_batch) {
     CHECK(is_gguf(format), "types are consecutive");
     const auto [columns, bytes] = gguf_type(format);
     Random random(number);
-    const int64_t N = 69, C = columns * 3, T = 13;  // an odd number of blocks, and more than a panel
-    const Array data = random_blocks(random, format, {1, 1, N, C / columns * bytes});
-    const Weight weight{.format = format, .data = data, .rows = N, .cols = C};
-    for (const DType dtype : kFloatTypes) {
-      note = join(name_of(format), " ", name_of(dtype));
-      const double rounding = dtype == DType::kBFloat16 ? 0x1p-8 : dtype == DType::kFloat16 ? 0x1p-11 : 0.0;
-      Array x = random_array(random, dtype, {T, C}, 1.0, 3);
-      for (int64_t c = 0; c < columns; ++c) x.set(0.0f, 1, c);  // a block of zeros
-      Array y(DType::kFloat32, {T, N}), got(dtype, {T, N}, 2);
-      for_each_isa(
-          {&got},
-          [&](Execution exec) {
-            grouped_gemm({.x = x, .weight = weight, .expert_offsets = offsets_of(T), .out = got}, exec);
-          },
-          [&] {
-            const Array w = decoded(weight);
-            for (int64_t t = 0; t < T; ++t) {
-              const std::vector<double> row = rounded(x, t, columns);
-              for (int64_t n = 0; n < N; ++n) {
-                double sum = 0.0, magnitude = 0.0;
-                for (int64_t c = 0; c < C; ++c) {
-                  sum += row[static_cast<size_t>(c)] * w(n, c);
-                  magnitude += std::fabs(row[static_cast<size_t>(c)] * w(n, c));
+    // An odd number of blocks, as few or more than kernels take apart at once; more rows than a panel.
+    for (const int64_t blocks : {3, 17}) {
+      const int64_t N = 69, C = columns * blocks, T = blocks == 3 ? 13 : 5;
+      const Array data = random_blocks(random, format, {1, 1, N, blocks * bytes});
+      const Weight weight{.format = format, .data = data, .rows = N, .cols = C};
+      for (const DType dtype : kFloatTypes) {
+        note = join(name_of(format), " ", name_of(dtype));
+        const double rounding = dtype == DType::kBFloat16 ? 0x1p-8 : dtype == DType::kFloat16 ? 0x1p-11 : 0.0;
+        Array x = random_array(random, dtype, {T, C}, 1.0, 3);
+        for (int64_t c = 0; c < columns; ++c) x.set(0.0f, 1, c);  // a block of zeros
+        Array y(DType::kFloat32, {T, N}), got(dtype, {T, N}, 2);
+        for_each_isa(
+            {&got},
+            [&](Execution exec) {
+              grouped_gemm({.x = x, .weight = weight, .expert_offsets = offsets_of(T), .out = got}, exec);
+            },
+            [&] {
+              const Array w = decoded(weight);
+              for (int64_t t = 0; t < T; ++t) {
+                const std::vector<double> row = rounded(x, t, columns);
+                for (int64_t n = 0; n < N; ++n) {
+                  double sum = 0.0, magnitude = 0.0;
+                  for (int64_t c = 0; c < C; ++c) {
+                    sum += row[static_cast<size_t>(c)] * w(n, c);
+                    magnitude += std::fabs(row[static_cast<size_t>(c)] * w(n, c));
+                  }
+                  // Offsets of codes and mins are terms of their own, so magnitudes are up to 16 times as large.
+                  const double bound = 16 * magnitude * 1e-6 + std::fabs(sum) * rounding;
+                  CHECK(std::fabs(got(t, n) - sum) <= bound, "[", t, ", ", n, "] is ", got(t, n), ", not ", sum);
                 }
-                // Offsets of codes and mins are terms of their own, so magnitudes are up to 16 times as large.
-                const double bound = 16 * magnitude * 1e-6 + std::fabs(sum) * rounding;
-                CHECK(std::fabs(got(t, n) - sum) <= bound, "[", t, ", ", n, "] is ", got(t, n), ", not ", sum);
               }
-            }
-            for (const int64_t count : {1, 2, 5}) {
-              Array some(dtype, {count, N}), first(dtype, {count, C});
-              first.fill([&](int64_t i) { return x(i / C, i % C); });
-              grouped_gemm({.x = first, .weight = weight, .expert_offsets = offsets_of(count), .out = some}, {1});
-              for (int64_t i = 0; i < count * N; ++i) {
-                CHECK(some(i / N, i % N) == got(i / N, i % N), count, " rows change [", i / N, ", ", i % N, ']');
+              for (const int64_t count : {1, 2, 5}) {
+                Array some(dtype, {count, N}), first(dtype, {count, C});
+                first.fill([&](int64_t i) { return x(i / C, i % C); });
+                grouped_gemm({.x = first, .weight = weight, .expert_offsets = offsets_of(count), .out = some}, {1});
+                for (int64_t i = 0; i < count * N; ++i) {
+                  CHECK(some(i / N, i % N) == got(i / N, i % N), count, " rows change [", i / N, ", ", i % N, ']');
+                }
               }
-            }
-          });
+            },
+            Isas::kAll);
+      }
     }
   }
 }

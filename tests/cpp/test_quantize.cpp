@@ -22,25 +22,36 @@ double nearest(double w, double scale, double zero, double top) {
 
 double square(double x) { return x * x; }
 
-// Checks one group: its levels for the scale and zero that decode them, and its sum of squared errors beside that of a scale
-// that maps the range to all levels. rounding: how far a stored scale may be from the fitted one.
+// Checks one group: its levels for the scale and zero that decode them, and its sum of squared errors beside those of scales
+// that map a range to all levels, whose ends are `shares` of the group's. rounding: how far a stored scale may be from the
+// fitted one.
 void check_group(const float* w, const uint8_t* q, int64_t count, double scale, double rounding, double zero,
-                 double top, bool symmetric) {
+                 double top, bool symmetric, const std::vector<double>& shares = {1.0}) {
   const double low = std::min(0.0f, *std::min_element(w, w + count)),
                high = std::max(0.0f, *std::max_element(w, w + count));
   const double middle = (top + 1) / 2;
-  const double whole = symmetric ? (high > -low ? high : low) / -middle : (high - low) / top;
-  const double whole_zero = symmetric ? middle : std::nearbyint(-low / whole);
-  double error = 0, most = 0;
+  const auto level_error = [&](double scale, double zero) {
+    double error = 0;
+    for (int64_t i = 0; i < count; ++i) error += square((nearest(w[i], scale, zero, top) - zero) * scale - w[i]);
+    return error;
+  };
+  double most = INFINITY;
+  for (const double low_share : shares) {
+    for (const double high_share : shares) {
+      const double start =
+          symmetric ? (high > -low ? high : low) / -middle * high_share : (high * high_share - low * low_share) / top;
+      most = std::min(most, level_error(start, symmetric ? middle : std::nearbyint(-low * low_share / start)));
+    }
+  }
+  double error = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double want = nearest(w[i], scale, zero, top), exact = w[i] / scale + zero;
     const bool is_tie = std::abs(std::abs(exact - std::floor(exact)) - 0.5) < 1e-3;
     CHECK(q[i] == want || (is_tie && std::abs(q[i] - want) <= 1), int{q[i]}, " instead of ", want);
     error += square((q[i] - zero) * scale - w[i]);
-    most += square((nearest(w[i], whole, whole_zero, top) - whole_zero) * whole - w[i]);
   }
   const double room = std::sqrt(static_cast<double>(count)) * top * rounding + 1e-6;
-  CHECK(std::sqrt(error) <= std::sqrt(most) + room, "squares ", error, ", of the whole range ", most);
+  CHECK(std::sqrt(error) <= std::sqrt(most) + room, "squares ", error, ", of a range ", most);
 }
 
 template <typename Quantize>
@@ -68,7 +79,8 @@ TEST(groups_are_fitted_and_nearest) {
       const double zero = symmetric ? 1 << (bits - 1) : zeros.view().as<uint8_t>()[g];
       check_group(w.view().as<float>() + first, q.view().as<uint8_t>() + first,
                   std::min(size, columns - g % groups * size), scales.view().as<float>()[g],
-                  0x1p-11 * std::abs(scales.view().as<float>()[g]), zero, (1 << bits) - 1, symmetric);
+                  0x1p-11 * std::abs(scales.view().as<float>()[g]), zero, (1 << bits) - 1, symmetric,
+                  {1.0, 0.85, 0.7, 0.55});
     }
     Array alone(DType::kUInt8, {rows, columns}), scale(DType::kFloat32, {rows, groups}),
         zero(DType::kUInt8, {rows, groups});

@@ -128,7 +128,7 @@ TEST(a_recording_has_every_task_of_its_thread_alone) {
   CHECK(records.size() == 3, records.size());
   CHECK(std::string(records[0].name) == "shares" && records[0].in_shares && records[0].num_threads == 4);
   CHECK(!records[1].in_shares && records[1].num_threads == 3 && records[1].tasks.size() == 3);
-  CHECK(records[2].tasks.size() == 3 && records[2].tasks[0].work.bytes == 0);
+  CHECK(records[2].tasks.size() == 3 && records[2].tasks[0].work.bytes == 0 && records[2].tasks[0].work.expert == -1);
   CHECK(in_shares == std::vector<int>({0, 0, 1, 1, 1, 2, 2, 3, 3, 3}));
   for (size_t i = 0; i < 10; ++i) {
     const cpu::TaskWork& seen = records[0].tasks[i].work;
