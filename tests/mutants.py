@@ -81,7 +81,9 @@ FILES = {
     ),
     "cpu/dot_products.inl": Covered(KERNELS, "grouped_gemm gate reads"),
     "cpu/exp.h": Covered("cpu/rows_generic", "route"),
-    "cpu/experts.h": Covered("cpu/moe_forward cpu/grouped_gemm cpu/gate", "gate grouped_gemm moe panels compact groups"),
+    "cpu/experts.h": Covered(
+        "cpu/moe_forward cpu/grouped_gemm cpu/gate", "gate grouped_gemm moe panels compact groups"
+    ),
     "cpu/fit_capacity.cpp": Covered("cpu/fit_capacity", "policies:fit_capacity"),
     "cpu/float_mode.h": Covered("cpu/threads", "threads:float_mode"),
     "cpu/gate.cpp": Covered("cpu/gate", "gate"),
