@@ -5,6 +5,7 @@
 
 #include <array>
 #include <string_view>
+#include <vector>
 
 #include "arrays.h"
 #include "decoder_layer.h"
@@ -428,22 +429,31 @@ void py_attention_block(handle inputs, handle options, handle outputs, Execution
   run(attention_block, args, execution);
 }
 
-// inputs and options: those of attention_block, and a tuple each for the router and, of inputs, for `Layer`.
-void py_decoder_layer(handle inputs, handle options, handle outputs, ExecutionArgument execution) {
-  Call call(inputs, 23, options, 8, outputs, 3, execution);
-  DecoderLayerArgs args{.attention = attention_block_args(call.inputs, call.options)};
-  Fields router(call.arrays, "router", call.inputs.next(), 3), choice(call.arrays, "choice", call.options.next(), 8);
-  args.router.gate.weight = router.in("weight");
-  args.router.gate.bias = router.in_or_none("bias");
-  args.router.selection_bias = router.in_or_none("selection_bias");
-  args.router.options = route_options(choice);
-  args.router.options.top_k = choice.value<int64_t>("top_k");
-  args.rounds = choice.value<bool>("rounds");
-  read_layer(call.arrays, call.inputs.next(), args.experts, false);
-  args.attention.keys = call.outputs.in_out("keys");
-  args.attention.values = call.outputs.in_out("values");
-  args.y = call.outputs.out("y");
-  run(decoder_layer, args, execution);
+// A tuple for each layer. inputs and options: those of attention_block, and a tuple each for the router and, of inputs, for
+// `Layer`.
+void py_decoder_layers(handle inputs, handle options, handle outputs, ExecutionArgument execution) {
+  Arrays arrays = arrays_of(execution);
+  std::vector<DecoderLayerArgs> layers(py::len(outputs));
+  const auto count = static_cast<Py_ssize_t>(layers.size());
+  Fields every_input(arrays, "inputs", inputs, count), every_option(arrays, "options", options, count),
+      every_output(arrays, "outputs", outputs, count);
+  for (DecoderLayerArgs& args : layers) {
+    Fields in(arrays, "inputs", every_input.next(), 23), option(arrays, "options", every_option.next(), 8),
+        out(arrays, "outputs", every_output.next(), 3);
+    args.attention = attention_block_args(in, option);
+    Fields router(arrays, "router", in.next(), 3), choice(arrays, "choice", option.next(), 8);
+    args.router.gate.weight = router.in("weight");
+    args.router.gate.bias = router.in_or_none("bias");
+    args.router.selection_bias = router.in_or_none("selection_bias");
+    args.router.options = route_options(choice);
+    args.router.options.top_k = choice.value<int64_t>("top_k");
+    args.rounds = choice.value<bool>("rounds");
+    read_layer(arrays, in.next(), args.experts, false);
+    args.attention.keys = out.in_out("keys");
+    args.attention.values = out.in_out("values");
+    args.y = out.out("y");
+  }
+  run(decoder_layers, layers, execution);
 }
 
 }  // namespace
@@ -494,6 +504,6 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
     op("rms_norm", &py_rms_norm, "Writes rows divided by their root mean square, times a weight.");
     op("rotate_heads", &py_rotate_heads, "Writes queries, keys and values of new tokens, normalised and rotated.");
     op("attention_block", &py_attention_block, "Writes the attention of a decoder layer, between two norms.");
-    op("decoder_layer", &py_decoder_layer, "Writes the output of a decoder layer.");
+    op("decoder_layers", &py_decoder_layers, "Writes the outputs of consecutive decoder layers.");
   }
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A decoder layer while decoding, in one call.
+// Decoder layers while decoding, in one call.
 #pragma once
+#include <vector>
+
 #include "switchgear/ops.h"
 
 namespace switchgear {
@@ -12,8 +14,10 @@ struct DecoderLayerArgs {
   GateRouteArgs router;          // without x and outputs
   bool rounds = false;           // the weights of the choices to bfloat16, if x has it
   MoeForwardArgs experts;        // without x, choices and outputs
-  TensorView y;                  // out [B·T,H]
+  TensorView y;                  // out [B,T,H]
 };
-void decoder_layer(const DecoderLayerArgs& args, Execution exec = {});
+
+// One after the other.
+void decoder_layers(const std::vector<DecoderLayerArgs>& layers, Execution exec = {});
 
 }  // namespace switchgear

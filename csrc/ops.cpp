@@ -788,7 +788,7 @@ void attention_block(const AttentionBlockArgs& args, Execution exec) {
       exec);
 }
 
-// ---- decoder_layer ---
+// ---- decoder_layers ---
 
 namespace {
 
@@ -798,15 +798,13 @@ float round_to_bfloat16(float value) {
   return std::isnan(value) ? value : std::bit_cast<float>((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
 
-}  // namespace
-
 void decoder_layer(const DecoderLayerArgs& args, Execution exec) {
   Call call(exec);
-  Dim B{"B", 0}, T{"T", 0}, H{"H"}, E{"E"}, rows{"B·T", 0};
+  Dim B{"B", 0}, T{"T", 0}, H{"H"}, E{"E"};
   const TensorView &x = args.attention.x, &router = args.router.gate.weight;
   call.input("x", x, kFloat, {&B, &T, &H});
   call.input("weight", router, float32_or_shared(router), {&E, &H}, kRows);
-  call.output("y", args.y, kFloat, {&rows, &H});
+  call.output("y", args.y, kFloat, {&B, &T, &H});
   call.check_overlap();
   check_options(args.router.options, E);
 
@@ -853,8 +851,14 @@ void decoder_layer(const DecoderLayerArgs& args, Execution exec) {
             .weight = attention.output_norm,
             .eps = attention.output_eps,
             .y = normed,
-            .sum = args.y},
+            .sum = view(args.y.data, args.y.dtype, num_rows, H.size)},
            exec);
+}
+
+}  // namespace
+
+void decoder_layers(const std::vector<DecoderLayerArgs>& layers, Execution exec) {
+  for (const DecoderLayerArgs& args : layers) decoder_layer(args, exec);
 }
 
 }  // namespace switchgear

@@ -284,8 +284,8 @@ def test_layers_repeat_one_call_until_they_change(model_type: str, form: str, mo
         switchgear.store(model, form, linears=form)
     accelerate(model, whole_layers=True)
     repeated: list[Any] = []
-    real = ops.decoder_layer_on_host
-    monkeypatch.setattr(ops, "decoder_layer_on_host", lambda *args: (repeated.append(args), real(*args))[1])
+    real = ops.decoder_layers_on_host
+    monkeypatch.setattr(ops, "decoder_layers_on_host", lambda *args: (repeated.append(len(args[3])), real(*args))[1])
 
     def decode(before: Any = lambda token: None) -> Tensor:
         cache, logits = GrowingCache(model.config.get_text_config()), []
@@ -299,7 +299,8 @@ def test_layers_repeat_one_call_until_they_change(model_type: str, form: str, mo
     layers = layers_of(model)
     can_repeat = bool(form) or model_type != "gpt_oss"  # whose plain experts are transposed
     got = decode()
-    assert len(repeated) == 4 * len(layers) * can_repeat
+    assert sum(repeated) == 4 * len(layers) * can_repeat
+    assert max(repeated, default=0) == (0 if not can_repeat else 1 if model_type == "gpt_oss" else len(layers))
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "_repeat_call", lambda *_: None)
         assert torch.equal(got, decode())
@@ -321,6 +322,45 @@ def test_layers_repeat_one_call_until_they_change(model_type: str, form: str, mo
         patch.setattr(decoding, "_repeat_call", lambda *_: None)
         assert torch.equal(got, decode(change))
     handles[1].remove()
+
+
+@pytest.mark.parametrize("change", ["hook", "fewer", "by hand"])
+def test_what_is_computed_ahead_is_taken_only_where_it_holds(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("olmoe")
+    accelerate(model, whole_layers=True)
+    layers = layers_of(model)
+
+    def call_layers(token: int, cache: Any) -> Tensor:
+        x = model.model.embed_tokens(IDS[:, token : token + 1])
+        positions = torch.full((1, 1), token)
+        angles = model.model.rotary_emb(x, positions)
+        for layer in layers:
+            x = layer(x, position_embeddings=angles, position_ids=positions, cache=cache)
+            x.mul_(2)
+        return x
+
+    @torch.inference_mode()
+    def decode() -> list[Tensor]:
+        cache, results = GrowingCache(model.config), []
+        model.config.num_hidden_layers = len(layers)
+        handle = None
+        for token in range(8):
+            if token == 3 and change == "hook":
+                handle = layers[1].register_forward_hook(lambda layer, args, y: y.mul_(2))
+            if token == 5 and handle is not None:
+                handle.remove()
+            if change == "fewer":
+                model.config.num_hidden_layers = len(layers) - (token in (3, 4))
+            if token > 3 and change == "by hand":
+                results.append(call_layers(token, cache))
+            else:
+                results.append(model(IDS[:, token : token + 1], cache=cache).logits)
+            results.append(torch.tensor([layer.get_seq_length() for layer in cache.layers]))
+        return results
+
+    got = decode()
+    monkeypatch.setattr(decoding, "_repeat_call", lambda *_: None)
+    assert all(map(torch.equal, got, decode()))
 
 
 # ---- where the modules run -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ attend: _Op
 rms_norm: _Op
 rotate_heads: _Op
 attention_block: _Op
-decoder_layer: _Op
+decoder_layers: _Op
 
 class _BuildInfo(TypedDict):
     compiler: str

@@ -112,7 +112,7 @@ def test_every_op(isa: str, count: int) -> None:
 def test_no_op_is_missing() -> None:
     """Every native function that takes arrays is in the table of calls or below."""
     helpers = {"read", "pack_compact", "expand_compact", "encode_blocks", "quantize_integers", "quantize_groups"}
-    helpers |= {"attention_block", "decoder_layer"}  # they call ops of the table
+    helpers |= {"attention_block", "decoder_layers"}  # they call ops of the table
     without_reading = {
         "advise_huge_pages",
         "collapse_into_huge_pages",

@@ -13,14 +13,15 @@ random inputs (layer_trials.py).
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.cache_utils import Cache
 
 from switchgear import ops
 from switchgear.backends import in_autocast, runs_natively, warn_once
@@ -33,11 +34,12 @@ from switchgear.integrations.forwards import (
     PartClass,
     check_call,
     get_part,
+    has_hooks,
     replace_forward,
     runs_own_forward,
 )
-from switchgear.integrations.layer_calls import LayerCall
-from switchgear.integrations.layer_classes import LayerClass, find_layer_class
+from switchgear.integrations.layer_calls import Ahead, LayerCall
+from switchgear.integrations.layer_classes import LayerClass, find_class, find_layer_class
 from switchgear.integrations.layer_trials import divides_by_root_mean_square, find_difference, find_form
 from switchgear.integrations.whole_blocks import find_operands, run_block
 from switchgear.layers.linear import StoredLinear
@@ -184,11 +186,18 @@ def _repeat_call(
 ) -> Tensor | None:
     """The layer's output by the call of an earlier token, or None if there is none that still holds."""
     attention = layer._modules["self_attn"]
-    layers, index = getattr(cache, "layers", ()), attention.layer_idx
+    layers, index = getattr(cache, "layers", []), attention.layer_idx
     if index >= len(layers) or type(keeping := layers[index]) is not GrowingLayer or torch.is_grad_enabled():
         return None
     if not (call := keeping.call) or keeping.memory is None or getattr(cache, "offloading", False):
         return None
+    given = mask, position_ids, angles
+    if (ahead := keeping.ahead) is not None:
+        keeping.ahead = None
+        if ahead.matches((x, *given)):
+            call.follows = True
+            keeping.length += x.shape[1]
+            return ahead.y  # type: ignore[no-any-return]
     if not call.is_current(layer):
         keeping.call = None
         return None
@@ -196,12 +205,42 @@ def _repeat_call(
         return None
     if (seen := _read_mask(attention, mask, position_ids, x, cache)) is None:
         return None
-    keys, values = keeping.lengthen(x.shape[1])
-    sinks = None if call.sinks is None else call.sinks.float()
-    options = (
-        known.rotation.count(angles[0]), keeping.length, attention.scaling, seen.window or 0, *call.eps, call.choice
-    )  # fmt: skip
-    return ops.decoder_layer_on_host(x, call.weights, angles, (seen.starts, sinks), call.block, options, keys, values)
+    run = [keeping]
+    if x.shape[1] == 1 and getattr(cache, "is_in_model", False):
+        run += _find_followers(layers[index + 1 :], keeping, mask)
+    count, length, window = x.shape[1], keeping.length + x.shape[1], seen.window or 0
+    results = ops.decoder_layers_on_host(
+        x,
+        angles,
+        seen.starts,
+        [each.call.list_arguments() for each in run],
+        tuple(each.call.list_options(known.rotation.count(angles[0]), length, window) for each in run),
+        [each.lengthen(count) for each in run],
+    )
+    for follower, taken, y in zip(run[1:], results, results[1:], strict=False):
+        follower.length -= count  # until the model calls the layer
+        follower.ahead, follower.call.follows = Ahead((taken, *given), y), False
+    return results[0]
+
+
+def _find_followers(layers: list[Any], first: GrowingLayer, mask: Tensor | None) -> list[GrowingLayer]:
+    """The next layers of a cache, up to one that has no call, or another mask, or that hooks come before."""
+    before, found = first.call, []
+    window = getattr(before.attention, "sliding_window", None)
+    for keeping in layers:
+        if has_hooks(before.layer) or type(keeping) is not GrowingLayer or keeping.length != first.length:
+            break
+        if not (call := keeping.call) or not call.follows or keeping.memory is None or call.dtype is not before.dtype:
+            break
+        if call.config is not before.config or call.attention.config is not before.attention.config:
+            break
+        if mask is not None and getattr(call.attention, "sliding_window", None) != window:
+            break
+        if has_hooks(call.layer) or not call.snapshot.is_current():
+            break
+        found.append(keeping)
+        before = call
+    return found
 
 
 _NO_NORMS = ((None, 1e-6), (None, 1e-6))
@@ -419,7 +458,8 @@ def _find_mask(mask: Tensor, position_ids: Tensor | None, window: int | None) ->
 
 
 def run_whole_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[], None]]]:
-    """Replaces the forward of each layer that is known, and of the norm after them: yields (name, module, undo)."""
+    """Replaces the forward of each layer that is known, of the model and of the norm after them: yields (name, module,
+    undo)."""
     tried: dict[Any, LayerClass | None] = {}  # layers of a class may differ in plain values, as of a window
     replaced: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -434,11 +474,13 @@ def run_whole_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callabl
             replaced.add(module)
             yield name, module, replace_forward(module, _build_forward(form, kind))
     for name, module in model.named_modules():
-        norm: Any = module._modules.get("norm")
         layers: Any = module._modules.get("layers")
-        if norm is None or not isinstance(layers, nn.ModuleList) or not runs_own_forward(norm):
+        if not isinstance(layers, nn.ModuleList) or replaced.isdisjoint(layers):
             continue
-        if not replaced.isdisjoint(layers) and divides_by_root_mean_square(norm):
+        if find_class(module) is not None and runs_own_forward(module):
+            yield name, module, replace_forward(module, _build_model_forward(type(module).forward))
+        norm: Any = module._modules.get("norm")
+        if norm is not None and runs_own_forward(norm) and divides_by_root_mean_square(norm):
             yield f"{name}.norm".lstrip("."), norm, replace_forward(norm, _build_norm(type(norm).forward))
 
 
@@ -478,8 +520,25 @@ def _build_forward(known: LayerClass, kind: type[nn.Module]) -> Callable[..., An
         if inner is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None:
                 return own(self, hidden_states, **kwargs)
-            return self._gradient_checkpointing_func(partial(run, self, inner, **kwargs), hidden_states)
+            return self._gradient_checkpointing_func(functools.partial(run, self, inner, **kwargs), hidden_states)
         return run(self, own, hidden_states, **kwargs)
+
+    return forward
+
+
+def _build_model_forward(own: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a model's class, during which the cache says that nothing else calls the layers."""
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values") if (given := kwargs.get("cache")) is None else given
+        if type(self).forward is not own or torch.compiler.is_compiling() or not isinstance(cache, Cache):
+            return type(self).forward(self, *args, **kwargs)
+        cache.is_in_model = True  # type: ignore[attr-defined]
+        try:
+            return own(self, *args, **kwargs)
+        finally:
+            del cache.is_in_model  # type: ignore[attr-defined]
 
     return forward
 

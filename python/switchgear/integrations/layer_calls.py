@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the tokens of a generation repeat for a decoder layer: the arguments of its one native call.
+"""What the tokens of a generation repeat for decoder layers: the arguments of their one native call.
 
-The layer's Python code would otherwise find them anew for each token, with code and data that the weights have evicted
-from the caches. They are kept on the layer of the cache, so for a generation, and not on the model: weights that are
+The layers' Python code would otherwise find them anew for each token, with code and data that the weights have evicted
+from the caches. They are kept on the layers of the cache, so for a generation, and not on the model: weights that are
 replaced are freed.
+
+While a model's own forward runs, the first layer computes those after it too. They return what is there if they are
+called with the tensors that were foreseen, and only then count the token as one of the cache.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import repeat
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +50,12 @@ class Snapshot:
         )
 
 
-def _are(now: Iterable[Any], before: list[Any]) -> bool:
+def _are(now: Iterable[Any], before: Iterable[Any]) -> bool:
     return all(map(is_, now, before))
 
 
 class LayerCall:
-    """The arguments of `ops.decoder_layer_on_host` that stay the same, for an x of `dtype`.
+    """The arguments of `ops.decoder_layers_on_host` that stay the same, for an x of `dtype`.
 
     Args:
         config: names the implementation of the layer's experts.
@@ -72,8 +75,16 @@ class LayerCall:
     ) -> None:
         self.layer, self.config, self.dtype, self.eps, self.choice = layer, config, dtype, eps, choice
         self.weights, self.block, self.sinks = tensors
+        self.attention: Any = layer._modules["self_attn"]
         self.implementation = config._experts_implementation
         self.snapshot = Snapshot(layer)
+        self.follows = True  # the model has taken what was computed ahead
+
+    def list_arguments(self) -> tuple[tuple[Any, ...], Tensor | None, tuple[Any, ...]]:
+        return self.weights, None if self.sinks is None else self.sinks.float(), self.block
+
+    def list_options(self, angles: int, length: int, window: int) -> tuple[Any, ...]:
+        return angles, length, self.attention.scaling, window, *self.eps, self.choice
 
     def is_current(self, layer: nn.Module) -> bool:
         """Whether the layer is the one it was."""
@@ -83,3 +94,13 @@ class LayerCall:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies of a cache find their calls themselves."""
         return type(None), ()
+
+
+class Ahead(NamedTuple):
+    """What a layer returns if it is called with `given`: x, the mask, positions and angles."""
+
+    given: tuple[Any, ...]
+    y: Tensor
+
+    def matches(self, given: tuple[Any, ...]) -> bool:
+        return _are(given, self.given)

@@ -15,7 +15,7 @@ from switchgear.ops.registration import dense, matrix, register, rows
 from switchgear.reference import attention
 
 __all__ = [
-    "attend", "attend_on_host", "attention_block_on_host", "decoder_layer_on_host", "rms_norm", "rms_norm_on_host",
+    "attend", "attend_on_host", "attention_block_on_host", "decoder_layers_on_host", "rms_norm", "rms_norm_on_host",
     "rotate_heads", "rotate_heads_on_host",
 ]  # fmt: skip
 
@@ -155,22 +155,27 @@ def attention_block_on_host(
     return y, total
 
 
-def decoder_layer_on_host(
+def decoder_layers_on_host(
     x: Tensor,
-    weights: tuple[Any, ...],
     angles: tuple[Tensor, Tensor],
-    limits: tuple[Tensor | None, Tensor | None],
-    block: tuple[Any, ...],
-    options: tuple[Any, ...],
-    keys: Tensor,
-    values: Tensor,
-) -> Tensor:
-    """attention_block_on_host, gate_route and moe on its rows, and the sum of both, with their bits: [B,T,H].
+    starts: Tensor | None,
+    layers: Sequence[tuple[tuple[Any, ...], Tensor | None, tuple[Any, ...]]],
+    options: tuple[tuple[Any, ...], ...],
+    memory: Sequence[tuple[Tensor, Tensor]],
+) -> list[Tensor]:
+    """For each layer, attention_block_on_host, gate_route and moe on its rows, and the sum of both, with their bits:
+    [B,T,H], the x of the next.
 
-    weights, angles (cos, sin), limits (starts, sinks): the other inputs of attention_block in their order, in layouts
-    that the kernels take. block: (weight, bias, selection_bias) of the router, and the fields of Layer with None for
-    the choices. options: those of attention_block, and those of `route` with top_k and whether weights are rounded."""
-    y = torch.empty_like(x)
-    inputs = (x, *weights, rows(angles[0]), rows(angles[1]), *limits, *block)
-    host.module.decoder_layer(inputs, options, (keys, values, y.view(-1, x.shape[2])), host.execution())
-    return y
+    angles (cos, sin), starts: inputs of attention_block. layers: (the other inputs but x and the cache, in their order
+    and in layouts that the kernels take; sinks; (weight, bias, selection_bias) of the router, and the fields of Layer
+    with None for the choices). options: those of attention_block, and those of `route` with top_k and whether weights
+    are rounded. memory: keys and values."""
+    cos, sin = rows(angles[0]), rows(angles[1])
+    inputs, outputs, results = [], [], []
+    for (weights, sinks, block), keeping in zip(layers, memory, strict=True):
+        inputs.append((x, *weights, cos, sin, starts, sinks, *block))
+        x = torch.empty_like(x)
+        outputs.append((*keeping, x))
+        results.append(x)
+    host.module.decoder_layers(tuple(inputs), options, tuple(outputs), host.execution())
+    return results
