@@ -339,7 +339,7 @@ def test_what_is_computed_ahead_is_taken_only_where_it_holds(change: str, monkey
             x.mul_(2)
         return x
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode() -> list[Tensor]:
         cache, results = GrowingCache(model.config), []
         model.config.num_hidden_layers = len(layers)

@@ -206,7 +206,7 @@ def _repeat_call(
     if (seen := _read_mask(attention, mask, position_ids, x, cache)) is None:
         return None
     run = [keeping]
-    if x.shape[1] == 1 and getattr(cache, "is_in_model", False):
+    if x.shape[1] == 1 and getattr(cache, "is_in_model", False) and not torch.is_inference_mode_enabled():
         run += _find_followers(layers[index + 1 :], keeping, mask)
     count, length, window = x.shape[1], keeping.length + x.shape[1], seen.window or 0
     results = ops.decoder_layers_on_host(
@@ -219,7 +219,7 @@ def _repeat_call(
     )
     for follower, taken, y in zip(run[1:], results, results[1:], strict=False):
         follower.length -= count  # until the model calls the layer
-        follower.ahead, follower.call.follows = Ahead((taken, *given), y), False
+        follower.ahead, follower.call.follows = Ahead((taken, *given), y, taken._version), False
     return results[0]
 
 

@@ -101,6 +101,7 @@ class Ahead(NamedTuple):
 
     given: tuple[Any, ...]
     y: Tensor
+    version: int  # of x, which a model may change in place
 
     def matches(self, given: tuple[Any, ...]) -> bool:
-        return _are(given, self.given)
+        return _are(given, self.given) and given[0]._version == self.version
