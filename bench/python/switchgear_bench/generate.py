@@ -48,7 +48,8 @@ SCHEMA = "switchgear-bench-generate/2"
 GGUF_TOLERANCE = 0.25  # logits of random weights of 2 to 8 bits, by activations of 8 bits
 TOKENS, TURNS = 64, 7
 QUICK_TOKENS, QUICK_TURNS = 8, 3
-SHARED_TURNS = 3  # of a minute and a half
+SHARED_TURNS = 3  # of a large model: of up to a minute and a half
+LARGE = 2 << 30  # bytes of a file
 ALONE_TOKENS, ALONE_TURNS = 16, 2  # of minutes
 WARM_TOKENS = 2  # of a new process
 LONG_PROMPT, SEQUENCES = 256, 8
@@ -300,7 +301,7 @@ def plan(model: Model | Path, count: int, turns: int) -> Plan:
         groups.remove((BASE,))
     if 2 * sizes.whole > free:  # llama.cpp may keep weights in another order
         return Plan(groups, ALONE_TURNS, min(count, ALONE_TOKENS), is_alone=True)
-    return Plan(groups, turns, count)
+    return Plan(groups, min(turns, SHARED_TURNS) if sizes.whole > LARGE else turns, count)
 
 
 class _Case:
