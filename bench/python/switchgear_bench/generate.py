@@ -165,10 +165,11 @@ class InTransformers(Decoder):
         found: Tensor = self._model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1]
         return found.float()
 
-    @torch.inference_mode()
     def decode(self, first: int, count: int, sequences: int = 1) -> list[int]:
         prompt = torch.arange(first, first + sequences)[:, None]
-        ids = self._model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        ids = self._model.generate(  # without a mask, transformers ignores tokens that are its token of padding
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count, do_sample=False
+        )
         tokens: list[int] = ids[0, 1:].tolist()
         return tokens
 

@@ -137,9 +137,7 @@ STORED = (
         "cp_async_wait<Tile::kStages - 1>",
         RACE,
     ),
-    _of_stored(
-        "groups stay as short as the first", "stored_gemm.cuh", "if (ends) left = w.group_steps;", "if (ends) left = 1;"
-    ),
+    _of_stored("groups end a step late", "stored_gemm.cuh", "ends = --left == 0 ||", "ends = --left < 0 ||"),
     _of_stored(
         "scales of the other eight columns", "stored_gemm.cuh", "row_of(j) + at.lane % 4 * 2);", "at.lane % 4 * 2);"
     ),

@@ -66,16 +66,6 @@ UNSEEN = (
         "plan_place_kernel, blocks, dim3(kPlanThreads), 0, nullptr,",
     ),
     Mistake(
-        "plan: counters and static shared memory above 48 KB",
-        BOTH,
-        "plan.cuh",
-        "kSmallCounters = 11264;",
-        "kSmallCounters = 12288;",
-        "csrc/cuda/plan.cu",
-        "simt_test_plan",
-        ("plan_of_48_kb",),
-    ),
-    Mistake(
         "plan: blocks above the launch bounds",
         BOTH,
         "plan.cuh",
