@@ -208,10 +208,6 @@ inline void store_sums(float* c, Floats (&totals)[16]) {
 
 // ---- few rows ------------------------------------------------------------------------------------------------------------
 
-inline void prefetch_lines(const uint8_t* p, int64_t bytes) {
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line + kAheadBytes, 0, 3);
-}
-
 // Blocks from w on, of which `rest` are in memory: zeros follow in a copy.
 template <int kBytes, int kCount>
 inline const uint8_t* whole_blocks(uint8_t (&copy)[kBytes * kCount], const uint8_t* w, int64_t rest) {

@@ -8,7 +8,6 @@ namespace {
 
 constexpr int kPanel = kPanelVectors * kLanes;
 constexpr int64_t kWide = 256, kNarrow = 32;  // columns of a block
-constexpr int64_t kAheadBytes = 2048;         // of weights
 #if defined(__AVX512VNNI__)
 constexpr bool kHasDots = true;
 constexpr int64_t kPaddedColumns = 512;  // values of a row of activations are padded to a multiple, with zeros
@@ -16,6 +15,11 @@ constexpr int64_t kPaddedColumns = 512;  // values of a row of activations are p
 constexpr bool kHasDots = false;
 constexpr int64_t kPaddedColumns = 64;
 #endif
+
+inline void prefetch_lines(const uint8_t* p, int64_t bytes) {
+  constexpr int64_t kAheadBytes = 8192;
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line + kAheadBytes, 0, 2);  // into L2
+}
 
 // Calls function.operator()<n>() for n = count, 1 <= count <= kMost.
 template <int kMost, typename Function>

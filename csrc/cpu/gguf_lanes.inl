@@ -186,7 +186,7 @@ void take_apart(void* memory, const GgufRow& row, const uint8_t* block, int64_t 
   int8_t s[kMostGroups];
   uint8_t t[kMostGroups];
   for (int64_t b = 0, first = 0; b < blocks; ++b, block += kBytes) {
-    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(block + line + kAheadBytes, 0, 3);
+    prefetch_lines(block, kBytes);
     for (int unit = 0; unit < kBlock / B::kUnit; ++unit) {
       uint8_t* const codes = parts.codes + b * kBlock + unit * B::kUnit;
       B::unpack(codes, block, unit);
@@ -389,7 +389,7 @@ void multiply_one(const Product& p, int64_t n) {
     [[maybe_unused]] const int16_t* const sums = o.of_row<int16_t>(0, row.sums) + b * 16;
 #pragma GCC unroll 4
     for (int j = 0; j < kCount; ++j) {
-      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(w[j] + line + kAheadBytes, 0, 3);
+      prefetch_lines(w[j], kBytes);
       alignas(64) uint8_t codes[kBlock];
 #pragma GCC unroll 2
       for (int unit = 0; unit < kBlock / B::kUnit; ++unit) B::unpack(codes + unit * B::kUnit, w[j], unit);
