@@ -115,7 +115,7 @@ def _predicted(config: Any, args: argparse.Namespace, bits: float, disk_rate: fl
     plan.add_arguments(parser)
     options = ["", "--memory", str(args.memory), "--disk-rate", str(int(disk_rate)), "--expert-bits", str(bits)]
     try:
-        _, _, predictions = plan.predict(config, parser.parse_args(options))
+        *_, predictions = plan.predict(config, parser.parse_args(options))
     except CommandError:  # it does not fit
         return []
     return [rounded(one._asdict()) for one in predictions]

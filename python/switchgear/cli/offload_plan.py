@@ -83,9 +83,9 @@ def read_config(model: str) -> Any:
         raise CommandError(f"cannot load the config of {folder}: {reason}") from None
 
 
-def budget_of(config: Any, args: argparse.Namespace, *, keeps_embeddings: bool = False) -> tuple[Budget, Any]:
-    """The budget, and the `analysis.Cost` that it is from. keeps_embeddings: tables that are only looked up have the
-    bits of the checkpoint, as `switchgear.store` leaves them."""
+def budget_of(config: Any, args: argparse.Namespace, *, is_stored: bool = False) -> tuple[Budget, Any]:
+    """The budget, and the `analysis.Cost` that it is from. is_stored: embeddings and the head have the bits of
+    the checkpoint, as `switchgear.store` leaves them."""
     from ..analysis import cost
 
     try:
@@ -101,8 +101,8 @@ def budget_of(config: Any, args: argparse.Namespace, *, keeps_embeddings: bool =
     expert_bits = args.expert_bits or bits
     record = max(-(-parameters // experts) for experts, _, parameters in found.moe_layers)
     whole = found.weight_bytes(bits, expert_bits)
-    if keeps_embeddings:
-        whole += round(found.embedding * (plain - bits) / 8)
+    if is_stored:
+        whole += round((found.embedding + count_head(config)) * (plain - bits) / 8)
     experts = round(found.experts * expert_bits / 8)
     most = max(number for number, _, _ in found.moe_layers)
     result = Budget(
@@ -114,6 +114,12 @@ def budget_of(config: Any, args: argparse.Namespace, *, keeps_embeddings: bool =
             f"--memory: expected at least {_bytes(least)}, an expert per layer, got {_bytes(args.memory)}"
         )
     return result, found
+
+
+def count_head(config: Any) -> int:
+    """Parameters of the product that gives logits, also if embeddings are tied to it."""
+    text = config.get_text_config()
+    return int(getattr(text, "vocab_size", 0) * text.hidden_size)
 
 
 def dtype_bits(config: Any) -> int:
