@@ -12,6 +12,7 @@ for them. If it has no room for two implementations of a file, each turn has a p
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -50,7 +51,7 @@ TOKENS, TURNS = 64, 7
 QUICK_TOKENS, QUICK_TURNS = 8, 3
 SHARED_TURNS = 3  # of a large model: of up to a minute and a half
 LARGE = 2 << 30  # bytes of a file
-ALONE_TOKENS, ALONE_TURNS = 16, 2  # of minutes
+ALONE_TOKENS, ALONE_TURNS = 32, 2  # of minutes
 WARM_TOKENS = 2  # of a new process
 LONG_PROMPT, SEQUENCES = 256, 8
 PROMPT, LENGTH = 16, 512  # tokens: whose logits are compared; of the longest text
@@ -270,6 +271,7 @@ def _serve(
     for name, decoder in decoders.items():
         decoder.begin()
         found[name] = decoder.logits(list(range(1, PROMPT + 1)))
+    gc.freeze()  # a collection walks all that was imported, in one decode of several
     connection.send(("ok", found))
     while True:
         name, work, count = connection.recv()
