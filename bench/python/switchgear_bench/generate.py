@@ -160,6 +160,7 @@ class InTransformers(Decoder):
     def __init__(self, model: Any, prepare: Callable[[Any], object] = lambda _: None) -> None:
         self._model = model
         prepare(model)
+        model.generation_config.eos_token_id = None  # texts have as many tokens as are asked for
 
     @torch.inference_mode()
     def logits(self, prompt: list[int]) -> Tensor:
@@ -169,7 +170,7 @@ class InTransformers(Decoder):
     def decode(self, first: int, count: int, sequences: int = 1) -> list[int]:
         prompt = torch.arange(first, first + sequences)[:, None]
         ids = self._model.generate(  # without a mask, transformers ignores tokens that are its token of padding
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count, do_sample=False
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False
         )
         tokens: list[int] = ids[0, 1:].tolist()
         return tokens
