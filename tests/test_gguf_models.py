@@ -20,6 +20,7 @@ from switchgear.integrations.gguf_file import Array, GgufFile, GgufTensor, Value
 from switchgear.layers import StoredEmbedding, StoredLinear
 from switchgear.reference import gguf
 from switchgear.weights import stored_of
+from switchgear.weights.gguf import encode_rows
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -185,14 +186,14 @@ def test_models_that_are_changed_are_written_as_they_are(change: str, tmp_path: 
 
 
 def test_tensors_are_encoded_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, encoded, path = gguf.encode, [], tmp_path / "a.gguf"
+    encode, encoded, path = encode_rows, [], tmp_path / "a.gguf"
 
-    def encode_alone(name: str, weight: torch.Tensor) -> torch.Tensor:
+    def encode_alone(*args: Any) -> torch.Tensor:
         assert all(reference() is None for reference in encoded)
-        encoded.append(weakref.ref(data := encode(name, weight)))
+        encoded.append(weakref.ref(data := encode(*args)))
         return data
 
-    monkeypatch.setattr(gguf, "encode", encode_alone)
+    monkeypatch.setattr("switchgear.integrations.gguf.encode_rows", encode_alone)
     model = make_model("llama")
     switchgear.save_gguf(model, path, "q8_0")
     assert len(encoded) == 2 * (4 + 3) + 2

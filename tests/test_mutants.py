@@ -19,7 +19,6 @@ APART = {
     "cpu/simd_neon.h",
     "cpu/amx.h", "cpu/amx_block.h", "cpu/amx_dot_products.inl", "cpu/amx_multiply.inl", "cpu/amx_tiles.h",
     "cpu/gathered.h", "cpu/kernels_amx.cpp", "cpu/integers/kernels_amx.cpp",  # other processors
-    "cpu/encode.cpp",  # its bits are compared in Python
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "context.h"
+#include "encoders.h"
 #include "ops.h"
 #include "registry.h"
 #include "switchgear/check.h"
@@ -95,33 +96,37 @@ struct Isa {
   const IntegerKernels& (*integers)();
   const RowKernels& (*rows)();
   const GgufKernels& (*gguf)();
+  const EncodeKernels& (*encoders)();
 };
 
 constexpr std::array kIsas{
-    Isa{"generic", [] { return true; }, kernels_generic, integers_generic, rows_generic, gguf_generic},
+    Isa{"generic", [] { return true; }, kernels_generic, integers_generic, rows_generic, gguf_generic,
+        encoders_generic},
 #if defined(SWITCHGEAR_HAVE_AVX2)
-    Isa{"avx2", runs_avx2, kernels_avx2, integers_avx2, rows_avx2, gguf_avx2},
+    Isa{"avx2", runs_avx2, kernels_avx2, integers_avx2, rows_avx2, gguf_avx2, encoders_avx2},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVXVNNI)
-    Isa{"avxvnni", runs_avxvnni, kernels_avx2, integers_avxvnni, rows_avx2, gguf_avx2},
+    Isa{"avxvnni", runs_avxvnni, kernels_avx2, integers_avxvnni, rows_avx2, gguf_avx2, encoders_avx2},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512)
-    Isa{"avx512", runs_avx512, kernels_avx512, integers_avx512, rows_avx512, gguf_avx512},
+    Isa{"avx512", runs_avx512, kernels_avx512, integers_avx512, rows_avx512, gguf_avx512, encoders_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512VNNI)
-    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integers_avx512vnni, rows_avx512, gguf_avx512vnni},
+    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integers_avx512vnni, rows_avx512, gguf_avx512vnni,
+        encoders_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integers_avx512vnni, rows_avx512, gguf_avx512vnni},
+    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integers_avx512vnni, rows_avx512, gguf_avx512vnni,
+        encoders_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
-    Isa{"amx", runs_amx, kernels_amx, integers_amx, rows_avx512, gguf_avx512vnni},
+    Isa{"amx", runs_amx, kernels_amx, integers_amx, rows_avx512, gguf_avx512vnni, encoders_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEON)
-    Isa{"neon", [] { return true; }, kernels_neon, integers_neon, rows_generic, gguf_neon},
+    Isa{"neon", [] { return true; }, kernels_neon, integers_neon, rows_generic, gguf_neon, encoders_generic},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEONDOT)
-    Isa{"neondot", runs_neondot, kernels_neon, integers_neondot, rows_generic, gguf_neon},
+    Isa{"neondot", runs_neondot, kernels_neon, integers_neondot, rows_generic, gguf_neon, encoders_generic},
 #endif
 };
 
@@ -193,6 +198,7 @@ const Isa& isa_in_use() {
 
 const Kernels& kernels() { return isa_in_use().kernels(); }
 const IntegerKernels& integer_kernels() { return isa_in_use().integers(); }
+const EncodeKernels& encode_kernels() { return isa_in_use().encoders(); }
 
 bool follows_streams() {
 #if defined(__x86_64__)

@@ -1,276 +1,167 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// encode_blocks. A block of 256 columns is transposed, so that a loop goes over a column of all its groups and compilers
-// vectorise it. For each of 7 or 9 tried scales of a group:
-//
-//   q = clamp(round(x / scale)), then the scale (and min) that fit x best for these q; the best of all is kept
-//
-// About 17 float32 operations a weight and scale: arithmetic binds. Sums are those of a tree: halves of a group are added until
-// one number is left, so they are the same in vectors of any length. This file is compiled with -ffp-contract=off.
+// encode_weight. A task is a row of GGUF's blocks, and 16 rows of other formats. The rows that share a scale of fp8 are one
+// task, which reads them twice. nvfp4 reads everything first, since its parts have one scale.
 #include "switchgear/encode.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
+#include <atomic>
+#include <vector>
 
 #include "checks.h"
-#include "half.h"
+#include "encoders.h"
+#include "switchgear/gguf.h"
 #include "threads.h"
 
 namespace switchgear {
 namespace {
 
-constexpr int kWide = 256;
+constexpr float kSmallestScale = 0x1p-126f;  // of fp8 and nvfp4
+constexpr int64_t kRows = cpu::kEncodedRows;
 
-float inverse(float d) { return d == 0 ? 0 : 1 / d; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The nearest integer, ties to even, within bounds that are integers. NaN stays NaN.
-float round_within(float x, float low, float high) {
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  return x + 0x1.8p23f - 0x1.8p23f;
-}
+class Encoding {
+ public:
+  Encoding(const TensorView& numbers, const Weight& weight, int64_t scale_rows, Execution exec)
+      : numbers_(numbers),
+        w_(weight),
+        kernels_(cpu::encode_kernels()),
+        scale_rows_(scale_rows),
+        num_threads_(cpu::resolve_threads(exec.num_threads)) {}
 
-uint8_t* put_half(uint8_t* out, float x) {
-  const uint16_t half = cpu::bits_of_half(x);
-  out[0] = static_cast<uint8_t>(half), out[1] = static_cast<uint8_t>(half >> 8);
-  return out + 2;
-}
-
-// The codes' bits from `shift` on, `kBits` of them, of each run of columns: a byte holds those of 8 / kBits runs.
-template <int kRun, int kBits>
-uint8_t* gather(uint8_t* out, const uint8_t* codes, int count, int shift) {
-  constexpr int kCodes = 8 / kBits;
-  for (const uint8_t* run = codes; run < codes + count; run += kRun * kCodes, out += kRun) {
-    for (int j = 0; j < kRun; ++j) {
-      int byte = 0;
-      for (int k = 0; k < kCodes; ++k) byte |= (run[k * kRun + j] >> shift & ((1 << kBits) - 1)) << k * kBits;
-      out[j] = static_cast<uint8_t>(byte);
+  Encoded run() {
+    if (is_gguf(w_.format)) {
+      encode_blocks();
+    } else {
+      encode_rows();
     }
-  }
-  return out;
-}
-
-// Integer factors of the groups of a block, times d.
-template <int kGroups>
-struct Factors {
-  float d;
-  float integers[kGroups];
-
-  Factors(const float* values, float least, float most) {
-    float largest = values[0];
-    for (int g = 1; g < kGroups; ++g) largest = std::abs(values[g]) > std::abs(largest) ? values[g] : largest;
-    d = largest / (least != 0 ? least : most);
-    d = cpu::round_to_half(std::clamp(d, -65504.0f, 65504.0f));
-    const float inverted = inverse(d);
-    for (int g = 0; g < kGroups; ++g) integers[g] = round_within(values[g] * inverted, least, most);
-  }
-};
-
-// A block in groups of equal size, column by column.
-template <int kGroups>
-struct Block {
-  static constexpr int kColumns = kWide / kGroups;
-  float x[kWide];
-  float q[kWide];
-  float terms[kWide];
-  uint8_t codes[kWide];  // in order
-
-  explicit Block(const float* numbers) {
-    for (int c = 0; c < kColumns; ++c) {
-      for (int g = 0; g < kGroups; ++g) x[c * kGroups + g] = numbers[g * kColumns + c];
-    }
+    return {.is_finite = is_finite_, .is_exact = is_finite_ && is_exact_};
   }
 
-  template <typename Visit>
-  static void for_each(Visit&& visit) {
-    for (int c = 0; c < kColumns; ++c) {
-      for (int g = 0; g < kGroups; ++g) visit(c * kGroups + g, g);
-    }
+ private:
+  const char* row(int64_t n, int64_t column = 0) const {
+    return numbers_.as<const char>() + (n * numbers_.stride[0] + column) * size_of(numbers_.dtype);
   }
 
-  template <typename Term>
-  void sum(float* out, Term&& term) {
-    for_each([&](int i, int g) { terms[i] = term(i, g); });
-    add_halves<kWide / 2>();
-    std::copy_n(terms, kGroups, out);
-  }
-  template <int kHalf>
-  void add_halves() {
-    for (int i = 0; i < kHalf; ++i) terms[i] += terms[i + kHalf];
-    if constexpr (kHalf > kGroups) add_halves<kHalf / 2>();
-  }
-
-  // The scale with the smallest squared error of scale · q, low <= q <= high.
-  void search_scale(float low, float high, float* best) {
-    float largest[kGroups], gain[kGroups] = {}, inverted[kGroups], products[kGroups], squares[kGroups];
-    std::copy_n(x, kGroups, largest);
-    for_each([&](int i, int g) { largest[g] = std::abs(x[i]) > std::abs(largest[g]) ? x[i] : largest[g]; });
-    std::fill_n(best, kGroups, 0.0f);
-    for (int step = -4; step < 5; ++step) {
-      const auto end = static_cast<float>(double{low} - 0.2 * step);
-      for (int g = 0; g < kGroups; ++g) inverted[g] = inverse(largest[g] / end);
-      for_each([&](int i, int g) { q[i] = round_within(x[i] * inverted[g], low, high); });
-      sum(products, [&](int i, int) { return q[i] * x[i]; });
-      sum(squares, [&](int i, int) { return q[i] * q[i]; });
-      for (int g = 0; g < kGroups; ++g) {
-        const float norm = squares[g] < 1 ? 1 : squares[g], removed = products[g] * products[g] / norm;
-        if (removed > gain[g]) best[g] = products[g] / norm;
-        if (!(removed <= gain[g])) gain[g] = std::isnan(gain[g]) ? gain[g] : removed;
-      }
-    }
-  }
-
-  // The scale and the min, at least 0, with the smallest squared error of scale · q - min, 0 <= q <= most.
-  void search_range(float most, float* best, float* lowest) {
-    float low[kGroups] = {}, high[kGroups], inverted[kGroups], error[kGroups];
-    float of_x[kGroups], sums[kGroups], squares[kGroups], products[kGroups], scale[kGroups], offset[kGroups],
-        left[kGroups];
-    std::copy_n(x, kGroups, high);
-    for_each([&](int i, int g) {
-      low[g] = x[i] < low[g] ? x[i] : low[g];
-      high[g] = x[i] > high[g] ? x[i] : high[g];
+  void encode_blocks() {
+    is_exact_ = false;
+    const int64_t rows = w_.rows / w_.parts;
+    cpu::parallel_for_shares(num_threads_, w_.rows, [&](int64_t n, int) {
+      uint8_t* const out = w_.data.as<uint8_t>() + n / rows * w_.data.stride[1] + n % rows * w_.data.stride[2];
+      if (!kernels_.encode_blocks(w_.format, numbers_.dtype, row(n), w_.cols, out)) is_finite_ = false;
     });
-    for (int g = 0; g < kGroups; ++g) {
-      high[g] += 0.0f;  // no -0
-      best[g] = (high[g] - low[g]) / most, lowest[g] = 0 - low[g];
-      error[g] = std::numeric_limits<float>::infinity();
-    }
-    sum(of_x, [&](int i, int) { return x[i]; });
-    for (int step = -4; step < 9; step += 2) {
-      const auto end = static_cast<float>(double{most} + 0.1 * step);
-      for (int g = 0; g < kGroups; ++g) inverted[g] = inverse(high[g] - low[g]) * end;
-      for_each([&](int i, int g) { q[i] = round_within((x[i] - low[g]) * inverted[g], 0, most); });
-      sum(sums, [&](int i, int) { return q[i]; });
-      sum(squares, [&](int i, int) { return q[i] * q[i]; });
-      sum(products, [&](int i, int) { return q[i] * x[i]; });
-      bool is_regular[kGroups];
-      for (int g = 0; g < kGroups; ++g) {
-        const float determinant = kColumns * squares[g] - sums[g] * sums[g];
-        is_regular[g] = determinant > 0;
-        const float divisor = is_regular[g] ? determinant : 1;
-        const float both = (kColumns * products[g] - sums[g] * of_x[g]) / divisor;
-        offset[g] = (squares[g] * of_x[g] - sums[g] * products[g]) / divisor;
-        scale[g] = offset[g] > 0 ? products[g] / (squares[g] < 1 ? 1 : squares[g]) : both;
-        offset[g] = offset[g] > 0 ? 0 : offset[g];
+  }
+
+  void encode_rows() {
+    is_exact_ = is_minifloat(w_.format);
+    if (format_row(w_.format).row_scales && !is_integer(w_.format)) scale_parts();
+    const int64_t groups = divide_up(w_.cols, size_);
+    std::vector<std::vector<float>> scratch(static_cast<size_t>(num_threads_));
+    const int64_t task_rows = std::max(kRows, scale_rows_), tasks = divide_up(rows_, task_rows);
+    cpu::parallel_for_shares(num_threads_, w_.parts * tasks, [&](int64_t task, int thread) {
+      std::vector<float>& floats = scratch[static_cast<size_t>(thread)];
+      if (floats.empty()) floats.resize(static_cast<size_t>(cpu::scratch_floats(w_.cols, size_) + kRows));
+      const int64_t part = task / tasks, first = task % tasks * task_rows, last = std::min(first + task_rows, rows_);
+      if (w_.format == Format::kFp8) scale_rows(part, first, last);
+      for (int64_t n = first; n < last; n += kRows) {
+        const int64_t block = part * blocks_ + n / kRows, at = block * groups * kRows;
+        const cpu::RowsToEncode rows{
+            .format = has_planes() ? format_of_bits(bits_) : w_.format,
+            .dtype = numbers_.dtype,
+            .numbers = row(part * rows_ + n),
+            .stride = numbers_.stride[0],
+            .rows = std::min(kRows, last - n),
+            .columns = w_.cols,
+            .group_size = size_,
+            .data = data_ + block * block_bytes(),
+            .scales = w_.scales.as<char>() + at * size_of(w_.scales.dtype),
+            .row_scales = w_.row_scales.defined() ? w_.row_scales.as<float>() + block * kRows : nullptr,
+            .zeros = w_.zeros.defined() ? w_.zeros.as<uint8_t>() + at : nullptr,
+            .scratch = aligned(floats.data()),
+            .compares = is_exact_.load(std::memory_order_relaxed)};
+        const Encoded found = kernels_.encode_rows(rows);
+        if (!found.is_finite) is_finite_ = false;
+        if (!found.is_exact) is_exact_ = false;
       }
-      sum(left, [&](int i, int g) {
-        const float difference = scale[g] * q[i] + offset[g] - x[i];
-        return difference * difference;
-      });
-      for (int g = 0; g < kGroups; ++g) {
-        if (!(left[g] < error[g] && is_regular[g] && scale[g] > 0)) continue;
-        best[g] = scale[g], lowest[g] = 0 - offset[g], error[g] = left[g];
+    });
+  }
+
+  static float* aligned(float* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64 / sizeof(float); }
+
+  bool has_planes() const { return w_.format == Format::kGroups; }
+
+  int64_t block_bytes() const {
+    return has_planes() ? bits_ * w_.data.shape[2] * w_.data.shape[3] : w_.data.shape[2] * w_.data.shape[3];
+  }
+
+  // Writes fp8's scales of rows [first, last) of a part: one for all, or one for each.
+  void scale_rows(int64_t part, int64_t first, int64_t last) {
+    const int64_t groups = divide_up(w_.cols, size_), together = scale_rows_ == 1 ? 1 : last - first;
+    auto* const scales = w_.scales.as<float>() + part * blocks_ * groups * kRows;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t column = g * size_, count = std::min(size_, w_.cols - column);
+      for (int64_t begin = first; begin < last; begin += together) {
+        float largest = 0;
+        for (int64_t n = begin; n < begin + together; ++n) {
+          largest = larger(largest, kernels_.find_largest(numbers_.dtype, row(part * rows_ + n, column), count));
+        }
+        const float scale = largest == 0 ? 1 : std::max(largest / 448, kSmallestScale);
+        for (int64_t n = begin; n < begin + together; ++n) scales[(n / kRows * groups + g) * kRows + n % kRows] = scale;
       }
+      for (int64_t n = last; n % kRows != 0; ++n) scales[(n / kRows * groups + g) * kRows + n % kRows] = 0;
     }
   }
 
-  void set_codes(const float* factors, const float* offsets, float low, float high) {
-    float inverted[kGroups];
-    for (int g = 0; g < kGroups; ++g) inverted[g] = inverse(factors[g]);
-    for_each([&](int i, int g) { q[i] = round_within((x[i] + offsets[g]) * inverted[g], low, high) - low; });
-    for_each([&](int i, int g) { codes[g * kColumns + i / kGroups] = static_cast<uint8_t>(q[i]); });
+  // Writes nvfp4's scale of each part to all its rows.
+  void scale_parts() {
+    std::vector<float> largest(static_cast<size_t>(w_.rows));
+    cpu::parallel_for_shares(num_threads_, w_.rows, [&](int64_t n, int) {
+      largest[static_cast<size_t>(n)] = kernels_.find_largest(numbers_.dtype, row(n), w_.cols);
+    });
+    for (int64_t part = 0; part < w_.parts; ++part) {
+      float most = 0;
+      for (int64_t n = part * rows_; n < (part + 1) * rows_; ++n) most = larger(most, largest[static_cast<size_t>(n)]);
+      const float scale = most == 0 ? 1 : std::max(most / (6 * 448), kSmallestScale);
+      std::fill_n(w_.row_scales.as<float>() + part * blocks_ * kRows, blocks_ * kRows, scale);
+    }
   }
-};
 
-// w = d · s · q
-template <int kGroups>
-Factors<kGroups> encode_scaled(Block<kGroups>& block, float low, float high, float least, float most) {
-  float found[kGroups], factors[kGroups], none[kGroups] = {};
-  block.search_scale(low, high, found);
-  const Factors<kGroups> scales(found, least, most);
-  for (int g = 0; g < kGroups; ++g) factors[g] = scales.d * scales.integers[g];
-  block.set_codes(factors, none, low, high);
-  return scales;
-}
+  static float larger(float a, float b) { return b <= a ? a : b; }
 
-// w = d · s · q - m · t
-template <int kGroups>
-std::pair<Factors<kGroups>, Factors<kGroups>> encode_lowered(Block<kGroups>& block, float most, float factor) {
-  float found[kGroups], lowest[kGroups], factors[kGroups], offsets[kGroups];
-  block.search_range(most, found, lowest);
-  const Factors<kGroups> scales(found, 0, factor), mins(lowest, 0, factor);
-  for (int g = 0; g < kGroups; ++g) {
-    factors[g] = scales.d * scales.integers[g];
-    offsets[g] = mins.d * mins.integers[g];
-  }
-  block.set_codes(factors, offsets, 0, most);
-  return {scales, mins};
-}
-
-void encode_q2(const float* x, uint8_t* out) {
-  Block<16> block(x);
-  const auto [scales, mins] = encode_lowered(block, 3, 15);
-  for (int g = 0; g < 16; ++g) {
-    *out++ = static_cast<uint8_t>(static_cast<int>(scales.integers[g]) | static_cast<int>(mins.integers[g]) << 4);
-  }
-  put_half(put_half(gather<32, 2>(out, block.codes, kWide, 0), scales.d), mins.d);
-}
-
-void encode_q3(const float* x, uint8_t* out) {
-  Block<16> block(x);
-  const auto scales = encode_scaled(block, -4, 3, -32, 31);
-  uint8_t stored[16];
-  for (int g = 0; g < 16; ++g) stored[g] = static_cast<uint8_t>(scales.integers[g] + 32);
-  out = gather<32, 2>(gather<32, 1>(out, block.codes, kWide, 2), block.codes, kWide, 0);
-  put_half(gather<4, 2>(gather<8, 4>(out, stored, 16, 0), stored, 16, 4), scales.d);
-}
-
-// kHigh: whether codes have a fifth bit.
-template <bool kHigh>
-void encode_q4_or_q5(const float* x, uint8_t* out) {
-  Block<8> block(x);
-  const auto [scales, mins] = encode_lowered(block, kHigh ? 31 : 15, 63);
-  out = put_half(put_half(out, scales.d), mins.d);
-  for (int g = 0; g < 4; ++g, ++out) {
-    const int scale = static_cast<int>(scales.integers[g + 4]), min = static_cast<int>(mins.integers[g + 4]);
-    out[0] = static_cast<uint8_t>(static_cast<int>(scales.integers[g]) | scale >> 4 << 6);
-    out[4] = static_cast<uint8_t>(static_cast<int>(mins.integers[g]) | min >> 4 << 6);
-    out[8] = static_cast<uint8_t>((scale & 15) | (min & 15) << 4);
-  }
-  out += 8;
-  if (kHigh) out = gather<32, 1>(out, block.codes, kWide, 4);
-  gather<32, 4>(out, block.codes, kWide, 0);
-}
-
-void encode_q6(const float* x, uint8_t* out) {
-  Block<16> block(x);
-  const auto scales = encode_scaled(block, -32, 31, -128, 127);
-  out = gather<32, 2>(gather<64, 4>(out, block.codes, kWide, 0), block.codes, kWide, 4);
-  for (const float scale : scales.integers) *out++ = static_cast<uint8_t>(static_cast<int>(scale));
-  put_half(out, scales.d);
-}
-
-struct Encoder {
-  void (*encode)(const float* x, uint8_t* out);
-  int64_t bytes;  // of a block
-};
-
-constexpr Encoder kEncoders[] = {
-    {&encode_q2, 84},  {&encode_q3, 110}, {&encode_q4_or_q5<false>, 144}, {&encode_q4_or_q5<true>, 176},
-    {&encode_q6, 210},
+  const TensorView& numbers_;
+  const Weight& w_;
+  const cpu::EncodeKernels& kernels_;
+  const int64_t scale_rows_;
+  const int num_threads_;
+  const int64_t rows_ = w_.rows / w_.parts, blocks_ = divide_up(rows_, kRows);  // of a part
+  const int64_t size_ = w_.group_size == 0 ? w_.cols : std::min(w_.group_size, w_.cols);
+  const int64_t bits_ = has_planes() ? w_.records.as<const int32_t>()[1] : 0;
+  uint8_t* const data_ =
+      w_.data.as<uint8_t>() + (has_planes() ? *w_.records.as<const int32_t>() * w_.data.stride[0] : 0);
+  std::atomic<bool> is_finite_{true}, is_exact_{true};
 };
 
 }  // namespace
 
-void encode_blocks(const TensorView& numbers, const TensorView& blocks, BlockCode code, Execution exec) {
-  check_threads(exec);
-  const Encoder encoder = kEncoders[static_cast<size_t>(code)];
-  SWITCHGEAR_CHECK(
-      ValueError,
-      numbers.ndim == 2 && numbers.contiguous() && numbers.dtype == DType::kFloat32 && numbers.shape[1] % kWide == 0,
-      "numbers: expected contiguous float32 [R, C], C a multiple of ", kWide, ", got ", describe(numbers));
-  const int64_t rows = numbers.shape[0], columns = numbers.shape[1], row_bytes = columns / kWide * encoder.bytes;
-  SWITCHGEAR_CHECK(ValueError,
-                   blocks.ndim == 2 && blocks.contiguous() && blocks.dtype == DType::kUInt8 &&
-                       blocks.shape[0] == rows && blocks.shape[1] == row_bytes,
-                   "blocks: expected contiguous uint8 [", rows, ", ", row_bytes, "], got ", describe(blocks));
-  check_host("numbers", numbers);
-  check_host("blocks", blocks);
-  cpu::parallel_for_shares(cpu::resolve_threads(exec.num_threads), rows, [&](int64_t row, int) {
-    const float* x = numbers.as<float>() + row * columns;
-    uint8_t* out = blocks.as<uint8_t>() + row * row_bytes;
-    for (int64_t c = 0; c < columns; c += kWide, x += kWide, out += encoder.bytes) encoder.encode(x, out);
-  });
+Encoded encode_weight(const TensorView& numbers, const Weight& given, int64_t scale_rows, Execution exec) {
+  Weight weight = given;
+  Call call(exec);
+  Dim E{"1", 1, 1}, N{"N"}, C{"C"};
+  call.input("numbers", numbers, Kind::kFloat, {&N, &C}, Layout::kRows);
+  SWITCHGEAR_CHECK(ValueError, has_parts(weight.format), "weight: expected a format that rounds, got ",
+                   name_of(weight.format));
+  SWITCHGEAR_CHECK(ValueError, !weight.slots.defined(), "weight_slots: expected none");
+  weight_input(call, kWeight, weight, E, N, C);
+  SWITCHGEAR_CHECK(ValueError, scale_rows == 1 || (scale_rows > 0 && scale_rows % kRows == 0),
+                   "scale_rows: expected 1 or a multiple of ", kRows, ", got ", scale_rows);
+  for (const TensorView* tensor : {&weight.data, &weight.scales, &weight.row_scales, &weight.zeros}) {
+    if (!tensor->defined()) continue;
+    check_host("weight", *tensor);
+    SWITCHGEAR_CHECK(ValueError, !share_memory(numbers, *tensor),
+                     "weight: expected memory of its own, got memory shared with numbers");
+  }
+  check_slots(call, kWeight, weight);
+  return Encoding(numbers, weight, scale_rows, exec).run();
 }
 
 }  // namespace switchgear

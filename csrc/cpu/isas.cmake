@@ -2,14 +2,14 @@
 # The kernels of each instruction set, compiled with its flags; backend.cpp picks one at run time. Sets `isas`, those built here.
 #
 # An ISA has only the parts that differ from the ISA before it: kernels, rows (those of routers), integers (products of
-# int8) and gguf (products with GGUF's blocks).
+# int8), gguf (products with GGUF's blocks) and encoders (of weights).
 # Each part is a unit written into the build folder from unit.cpp.in, on the vectors of simd_<vectors>.h. amx has files.
 set(x86 avx2 avxvnni avx512 avx512vnni avx512bf16 amx)
 set(arm neon neondot)
-set(parts_generic kernels rows integers gguf)
-set(parts_avx2 kernels rows integers gguf)
+set(parts_generic kernels rows integers gguf encoders)
+set(parts_avx2 kernels rows integers gguf encoders)
 set(parts_avxvnni integers)
-set(parts_avx512 kernels rows integers gguf)
+set(parts_avx512 kernels rows integers gguf encoders)
 set(parts_avx512vnni integers gguf)
 set(parts_avx512bf16 kernels)
 set(parts_neon kernels integers gguf)
@@ -38,10 +38,12 @@ set(flags_avx512bf16 ${flags_avx512} -mavx512bf16 -mavx512vbmi)
 set(flags_amx ${flags_avx512bf16} -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8)
 set(flags_neondot -march=armv8.2-a+dotprod)  # every AArch64 processor has NEON
 
-# Scores, and activations in int8, have the same bits on every ISA, so compilers must not fuse multiplications and additions.
+# Scores, activations in int8 and encoded weights have the same bits on every ISA, so compilers must not fuse multiplications
+# and additions.
 set(flags_rows -ffp-contract=off)
 set(flags_integers -ffp-contract=off)
 set(flags_gguf -ffp-contract=off)
+set(flags_encoders -ffp-contract=off)
 set(flags_rows_avx512 -mprefer-vector-width=512)  # plain loops: the compiler would choose narrower vectors
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   set(flags_integers_avx2 -fno-tree-ter)  # it multiplies ahead, with more registers than there are
@@ -54,9 +56,11 @@ set(type_kernels Kernels)
 set(type_rows RowKernels)
 set(type_integers IntegerKernels)
 set(type_gguf GgufKernels)
+set(type_encoders EncodeKernels)
 set(headers_kernels kernels.h simd_<vectors>.h kernels.inl)
 set(headers_rows rows.h rows.inl)
 set(headers_integers integers/kernels.h simd_<vectors>.h integers/dot.h integers/kernels.inl)
+set(headers_encoders encoders.h simd_<vectors>.h encode_rows.inl encode_blocks.inl)
 set(headers_gguf gguf_kernels.h simd_<vectors>.h gguf_blocks.h gguf_kernels.inl)
 
 # For this machine alone: others' kernels, and the generic ones of which tests run few rows, take most of the build.
@@ -76,7 +80,7 @@ if(SWITCHGEAR_ISA_FLAGS STREQUAL "native")
   endif()
 endif()
 
-# Rows are quick to compile, and other instruction sets run those of generic.
+# Rows and encoders are quick to compile, and other instruction sets run those of generic.
 foreach(isa_and_flag ${SWITCHGEAR_ISA_FLAGS})
   if(NOT isa_and_flag MATCHES "^([a-z0-9]+):(-.+)$")
     message(FATAL_ERROR "SWITCHGEAR_ISA_FLAGS: expected a list of isa:flag, got ${SWITCHGEAR_ISA_FLAGS}")

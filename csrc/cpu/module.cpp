@@ -13,7 +13,6 @@
 #include "switchgear/compact.h"
 #include "switchgear/encode.h"
 #include "switchgear/panels.h"
-#include "switchgear/quantize.h"
 #include "workspace.h"
 
 namespace py = pybind11;
@@ -21,12 +20,6 @@ using py::handle;
 
 namespace switchgear {
 namespace {
-
-constexpr Names<BlockCode, 5> kBlockCodes{{{"q2_k", BlockCode::kQ2K},
-                                           {"q3_k", BlockCode::kQ3K},
-                                           {"q4_k", BlockCode::kQ4K},
-                                           {"q5_k", BlockCode::kQ5K},
-                                           {"q6_k", BlockCode::kQ6K}}};
 
 py::dict build_info() {
   py::dict info;
@@ -82,16 +75,17 @@ void define_module(py::module_& m) {
       "Writes weights [E,N,C] as compact ones, both contiguous; the largest number of exceptions in a row.", "weight"_a,
       "compact"_a, "num_threads"_a = 0);
   m.def(
-      "encode_blocks",
-      [](std::string_view type, handle numbers, handle blocks, int num_threads) {
+      "encode_weight",
+      [](handle numbers, handle tensors, handle form, int64_t scale_rows, int num_threads) {
         Arrays arrays;
-        const BlockCode code = parse("type", kBlockCodes, type);
-        const TensorView from = arrays.in("numbers", numbers), to = arrays.out("blocks", blocks);
+        const TensorView from = arrays.in("numbers", numbers);
+        const Weight weight = arrays.weight("weight", tensors, form);
         const py::gil_scoped_release release;
-        encode_blocks(from, to, code, {.num_threads = num_threads});
+        const Encoded encoded = encode_weight(from, weight, scale_rows, {.num_threads = num_threads});
+        return std::pair(encoded.is_finite, encoded.is_exact);
       },
-      "Writes numbers [R,C] in blocks of a type of GGUF files.", "type"_a, "numbers"_a, "blocks"_a,
-      "num_threads"_a = 0);
+      "Writes numbers [N,C] to a weight of one expert; whether all are finite, and whether minifloats are exact.",
+      "numbers"_a, "tensors"_a, "form"_a, "scale_rows"_a = 1, "num_threads"_a = 0);
   m.def(
       "expand_compact",
       [](handle compact, handle weight, int num_threads) {
@@ -102,27 +96,6 @@ void define_module(py::module_& m) {
       },
       "Writes compact weights, whose experts may be apart, as plain ones.", "compact"_a, "weight"_a,
       "num_threads"_a = 0);
-  const auto def_quantize =
-      [&]<size_t kCount>(
-          const char* name, const char* doc,
-          void (*quantize)(const TensorView&, const std::array<TensorView, kCount>&, LevelOptions, Execution)) {
-        m.def(
-            name,
-            [quantize](handle rows, const std::array<py::object, kCount>& levels, std::pair<int64_t, int64_t> options,
-                       int num_threads) {
-              Arrays arrays;
-              std::array<TensorView, kCount> out;
-              for (size_t i = 0; i < kCount; ++i) out[i] = arrays.out_or_none("levels", levels[i]);
-              const TensorView in = arrays.in("rows", rows);
-              const py::gil_scoped_release release;
-              quantize(in, out, {.bits = options.first, .group_size = options.second}, {.num_threads = num_threads});
-            },
-            doc, "rows"_a, "levels"_a, "options"_a, "num_threads"_a = 0);
-      };
-  def_quantize("quantize_integers", "Writes (levels, scales, row_scales, zeros or None); options: (bits, group_size).",
-               &quantize_integers);
-  def_quantize("quantize_groups", "Writes (levels, scales, zeros or None); options: (bits, group_size).",
-               &quantize_groups);
   m.def(
       "panel_layout",
       [](std::string_view dtype) {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from switchgear import _C, reference
 from switchgear.reference import formats, gguf
 from switchgear.weights import Fp8, Groups, Int4, Int8, Mxfp4, Nf4, Nvfp4, Panels, Weight
 from switchgear.weights.exact import compacted
-from switchgear.weights.gguf import NATIVE, gguf_weight
+from switchgear.weights.gguf import gguf_weight
 
 on_every_isa = pytest.mark.parametrize("isa", QUANTIZED_ISAS, indirect=True)
 
@@ -111,7 +112,7 @@ def test_every_op(isa: str, count: int) -> None:
 
 def test_no_op_is_missing() -> None:
     """Every native function that takes arrays is in the table of calls or below."""
-    helpers = {"read", "pack_compact", "expand_compact", "encode_blocks", "quantize_integers", "quantize_groups"}
+    helpers = {"read", "pack_compact", "expand_compact", "encode_weight"}
     helpers |= {"attention_block", "decoder_layers"}  # they call ops of the table
     without_reading = {
         "advise_huge_pages",
@@ -251,23 +252,24 @@ def test_helpers(isa: str) -> None:
                 check_guarded(NativeCall("read", [[weight, compact.data], 1], [], {}), guards, side, False, 0)
 
 
-def test_encoding_keeps_to_its_arrays() -> None:
+@on_every_isa
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("plain", "panels", "compact")])
+def test_encoding_keeps_to_its_arrays(isa: str, form: str) -> None:
     guards = Guards()
-    for side in SIDES:
-        for name in NATIVE:
-            numbers = torch.randn(3, 512)
-            out = poison(torch.empty(3, gguf.row_bytes(name, 512), dtype=torch.uint8))
-            check_guarded(NativeCall("encode_blocks", [name, numbers, out, 1], [out], {}), guards, side, False, 0)
-        numbers, (rows, columns, groups) = torch.randn(5, 70), (5, 70, 3)
-        q, zeros = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, groups, dtype=torch.uint8)
-        scales, units = torch.empty(rows, groups, dtype=torch.int8), torch.empty(rows)
-        for name, levels in (
-            ("quantize_integers", (q, scales, units, zeros)),
-            ("quantize_groups", (q, torch.empty(rows, groups), zeros)),
-        ):
-            outputs = [poison(tensor) for tensor in levels]
-            call = NativeCall(name, [numbers, tuple(outputs), (4, 32), 1], outputs, {})
-            check_guarded(call, guards, side, False, 0)
+    for side, (rows, columns) in itertools.product(
+        SIDES, ((6, 256), (40, 512)) if form in gguf.TYPES else ((6, 70), (34, 31))
+    ):
+        for dtype in DTYPES:
+            like = FORMS[form](torch.ones(1, rows, columns, dtype=dtype), 2)
+            assert isinstance(like, Weight)
+            numbers = torch.randn(rows, columns).to(dtype)
+            outputs = [poison(t) for t in like.tensors if t is not like.records]
+            tensors = [*outputs] if like.records is None else [*outputs, like.records]
+            scale_rows = 1 if "row" in form else 128
+            call = NativeCall(
+                "encode_weight", [numbers, tensors, like.form, scale_rows, 1], outputs, {id(numbers): "rows"}
+            )
+            check_guarded(call, guards, side, False, 5)
 
 
 def test_no_format_is_missing() -> None:

@@ -18,7 +18,7 @@ from errors import raises
 from switchgear import weights
 from switchgear.reference import gguf
 from switchgear.weights.form import FORMS
-from switchgear.weights.gguf import NATIVE, encode_rows, gguf_weight
+from switchgear.weights.gguf import gguf_weight
 
 # Of gguf-py 0.19: `dequantize` of blocks_of(name, 512), one NaN for all; `quantize` of numbers_of(name), if any.
 DIGESTS = {
@@ -76,22 +76,6 @@ def test_encoded_blocks(name: str) -> None:
     for weight in (torch.randn(16, 512), torch.randn(16, 512) * 1e-3, torch.randn(16, 512) * 1e4):
         assert distance(gguf.decode(name, gguf.encode(name, weight)), weight) < ERRORS[name]
     assert not gguf.decode(name, gguf.encode(name, torch.zeros(1, 512))).any()
-
-
-@pytest.mark.parametrize("name", NATIVE)
-def test_kernels_encode_the_bits_of_the_reference(name: str) -> None:
-    normal = torch.randn(3, 7, 512, generator=torch.Generator().manual_seed(0))
-    rows = [normal * size for size in (1e-43, 1e-39, 1e-30, 1e-5, 1, 1e6)]
-    rows += [
-        normal.mul(1e38).clamp(-3.4e38, 3.4e38),
-        normal.sign() * 3.4e38,
-        normal**5,
-        (normal * 20).exp().clamp(max=1e38),
-    ]
-    rows += [normal.abs(), -normal.abs(), normal.clamp(min=1), -normal.clamp(min=1), normal.round(), 0 * normal]
-    rows += [normal.bfloat16(), normal.half(), normal.double(), normal.mT.repeat(1, 1, 512)[..., :256], normal[0, 0]]
-    for weight in rows:
-        assert torch.equal(encode_rows(name, weight), gguf.encode(name, weight))
 
 
 def weight_of(

@@ -26,8 +26,8 @@ except ImportError as error:
 
 __all__ = [
     "Kernels", "advise_huge_pages", "available_cpu_isas", "check_capsule", "collapse_into_huge_pages", "cpu_isa",
-    "encode_blocks", "expand_compact", "host", "interleave_pages", "pack_compact", "panel_layout",
-    "quantize_groups", "quantize_integers", "set_cpu_isa", "version",
+    "encode_weight", "expand_compact", "host", "interleave_pages", "pack_compact", "panel_layout", "set_cpu_isa",
+    "version",
 ]  # fmt: skip
 
 advise_huge_pages = _C.advise_huge_pages
@@ -38,12 +38,10 @@ collapse_into_huge_pages = _C.collapse_into_huge_pages
 interleave_pages = _C.interleave_pages
 cpu_isa = _C.cpu_isa
 """() -> str: the instruction set in use."""
-encode_blocks = _C.encode_blocks
+encode_weight = _C.encode_weight
 expand_compact = _C.expand_compact
 pack_compact = _C.pack_compact
 panel_layout = _C.panel_layout
-quantize_groups = _C.quantize_groups
-quantize_integers = _C.quantize_integers
 set_cpu_isa = _C.set_cpu_isa
 """(isa: str) -> None: sets the instruction set to use, in all threads. ValueError for one that is not available."""
 version: str = _C.version

@@ -151,6 +151,7 @@ def _symmetric(x: Tensor, middle: int) -> tuple[Tensor, Tensor]:
 def _between(x: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """d, m and codes in [0, most] of w = d · q + m."""
     low, high = torch.aminmax(x, dim=1, keepdim=True)
+    low, high = low + 0, high + 0  # no -0
     d = (high - low) / most
     codes = ((x - low) * _inverse(d) + 0.5).trunc().clamp(0, most)
     return d[:, 0], low[:, 0], codes.to(torch.uint8)
@@ -190,7 +191,7 @@ def _search_table(x: Tensor) -> Tensor:
     return _search(
         x,
         [largest / end for end in (*range(-139, -112, 3), *range(101, 128, 3))],
-        lambda scaled: nearest[scaled.round_().clamp_(-128, 127).add_(128).int()],
+        lambda scaled: nearest[scaled.nan_to_num_(0).round_().clamp_(-128, 127).add_(128).int()],
     )
 
 
@@ -208,7 +209,7 @@ def _search(x: Tensor, scales: Sequence[Tensor], round_: Callable[[Tensor], Tens
 
 
 def _encode_iq4_nl(x: Tensor) -> Tensor:
-    d = _search_table(x).half().float()
+    d = _search_table(x).clamp(-65504, 65504).half().float()
     codes = _nearest(x * _inverse(d)[:, None], IQ4_VALUES)
     return torch.cat((_bytes_of(d), _gather(codes, 16, 4)), 1)
 
@@ -436,5 +437,6 @@ def encode(name: str, weight: Tensor) -> Tensor:
     blocks = weight.detach().reshape(-1, kind.columns)
     out = torch.empty(len(blocks), kind.bytes, dtype=torch.uint8, device=weight.device)
     for some, numbers in _slices(kind, out, blocks):
-        some.copy_(kind.encode(numbers.float()))
+        if len(some):
+            some.copy_(kind.encode(numbers.float()))
     return out.view(*weight.shape[:-1], length)

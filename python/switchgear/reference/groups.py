@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from switchgear.reference.checks import divide_up
-from switchgear.reference.integers import Kernel, inverse, present_columns, slice_rows, sum_columns
+from switchgear.reference.integers import inverse, present_columns, slice_rows, sum_columns
 from switchgear.reference.minifloat import (
     COLUMNS,
     ROWS,
@@ -59,15 +59,9 @@ class Blocks(NamedTuple):
 
 
 def quantize(
-    weight: Tensor,
-    bits: Sequence[int],
-    group_size: int,
-    symmetric: bool = True,
-    name: str = "weight",
-    kernel: Kernel | None = None,
+    weight: Tensor, bits: Sequence[int], group_size: int, symmetric: bool = True, name: str = "weight"
 ) -> Levels:
-    """Quantizes a weight [E,N,C] to `bits[e]` bits for expert e, in plain torch or by a kernel with the same bits:
-    `fit` of each group, then levels to nearest.
+    """Quantizes a weight [E,N,C] to `bits[e]` bits for expert e: `fit` of each group, then levels to nearest.
 
     ValueError for NaN and infinities, and for weights whose scales float16 does not hold: too large, or all those of an
     expert zero whose weights are not. It names the weight by `name`. A group that small among others becomes zero.
@@ -79,22 +73,18 @@ def quantize(
     zeros = None if symmetric else weight.new_zeros(scales.shape, dtype=torch.uint8)
     present = present_columns(columns, size, weight.device)
     experts = finite_experts(weight, name)
-    if kernel is not None:
-        for expert, matrix in enumerate(experts):
-            found = torch.empty(scales.shape[1:])
-            kernel(
-                matrix.contiguous(),
-                (q[expert], found, None if zeros is None else zeros[expert]),
-                (bits[expert], group_size),
-            )
-            scales[expert] = found
-        experts = iter(())
     for some, some_bits, w in slice_rows(experts, weight.shape, bits, size):
         scale, zero = fit(w, present, some_bits, symmetric)
         q.flatten(0, 1)[some] = round_to_levels(w, scale, zero, some_bits).flatten(1)[:, :columns]
         scales.flatten(0, 1)[some] = scale
         if zeros is not None and some_bits > 1:
             zeros.flatten(0, 1)[some] = zero
+    check_scales(name, scales, weight)
+    return Levels(q, scales, zeros, tuple(bits))
+
+
+def check_scales(name: str, scales: Tensor, weight: Tensor) -> None:
+    """Raises ValueError if float16 does not hold the scales of a weight."""
     for expert, (own, plain) in enumerate(zip(scales, weight, strict=True)):
         if not bool(own.isfinite().all()):
             raise ValueError(f"{name}: expected weights whose scales fit float16, those of expert {expert} do not")
@@ -102,7 +92,6 @@ def quantize(
             raise ValueError(
                 f"{name}: expected weights whose scales fit float16, those of expert {expert} would all be zero"
             )
-    return Levels(q, scales, zeros, tuple(bits))
 
 
 def round_to_levels(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

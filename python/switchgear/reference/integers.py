@@ -10,7 +10,7 @@ Weights are symmetric if all zeros are 128; zeros are then not stored. group_siz
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,9 +43,6 @@ class Quantized(NamedTuple):
     zeros: Tensor | None  # [E, parts·B, G, 16] uint8
 
 
-Kernel = Callable[[Tensor, tuple[Tensor | None, ...], tuple[int, int]], None]
-"""(rows [N,C] float32, levels of them to write, (bits, group_size))."""
-
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 # Fractions of the range to try for scales: clipping the extremes a little reduces the error of a group. With zeros,
@@ -72,10 +69,8 @@ def sum_columns(x: Tensor) -> Tensor:
     return x
 
 
-def quantize(
-    weight: Tensor, bits: int, group_size: int, symmetric: bool, name: str = "weight", kernel: Kernel | None = None
-) -> Levels:
-    """Quantizes a weight [E,N,C] to levels, in plain torch or by a kernel with the same bits.
+def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: str = "weight") -> Levels:
+    """Quantizes a weight [E,N,C] to levels.
 
     8 bits: the largest magnitude, or the range, maps to the ends. 4 bits: for some fractions of the range, scales and
     zeros are fitted to the resulting levels (least squares); each group uses the fit with the smallest squared error.
@@ -90,13 +85,6 @@ def quantize(
     scales = weight.new_empty(num_experts, rows, groups, dtype=torch.int8)
     row_scales = weight.new_empty(num_experts, rows, dtype=torch.float32)
     zeros = None if symmetric else weight.new_empty(scales.shape, dtype=torch.uint8)
-    levels = Levels(q, scales, row_scales, zeros)
-    if kernel is not None:
-        for matrix, *parts in zip(
-            weight, *(tensor if tensor is not None else [None] * num_experts for tensor in levels), strict=True
-        ):
-            kernel(matrix.float().contiguous(), tuple(parts), (bits, group_size))
-        return levels
     present = present_columns(columns, size, weight.device)
     for some, _, w in slice_rows(map(Tensor.float, weight), weight.shape, [bits] * num_experts, size):
         scale, zero = _fit(w, present, bits, symmetric)
@@ -110,7 +98,7 @@ def quantize(
         row_scales.flatten()[some] = unit.flatten()
         if zeros is not None:
             zeros.flatten(0, 1)[some] = (zero * 2 ** (8 - bits)).to(torch.uint8).flatten(1)
-    return levels
+    return Levels(q, scales, row_scales, zeros)
 
 
 def present_columns(columns: int, size: int, device: torch.device) -> Tensor:

@@ -13,10 +13,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear import ops
 from switchgear.reference import formats
 from switchgear.reference.minifloat import finite_experts
 from switchgear.weights.state import find
-from switchgear.weights.weight import Weight, advise_huge_pages
+from switchgear.weights.weight import PANEL_DTYPES, Weight, advise_huge_pages
 
 FORMS: dict[str, type[Form]] = {}
 """The class of each format's form, by name."""
@@ -106,6 +107,46 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
     copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     advise_huge_pages(copy)
     return copy.copy_(tensor)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def has_encoder(weight: Tensor) -> bool:
+    """Whether kernels encode a weight; they give the bits of the definitions in reference/."""
+    return weight.is_cpu and weight.dtype in PANEL_DTYPES and weight.numel() > 0
+
+
+def empty_tensor(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Memory for an encoded weight, advised to use huge pages."""
+    tensor = torch.empty(*shape, dtype=dtype, device="cpu")
+    advise_huge_pages(tensor)
+    return tensor
+
+
+def encode_matrix(matrix: Tensor, weight: Weight, label: str, scale_rows: int = 1) -> bool:
+    """Writes a matrix [N,C] to a weight of one expert, by a kernel; whether a minifloat is exact. ValueError, which
+    starts with `label`, unless the numbers are finite. scale_rows: of fp8, the rows that share a scale."""
+    rows = matrix.detach()
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    is_finite, is_exact = ops.encode_weight(rows, weight.tensors, weight.form, scale_rows, torch.get_num_threads())
+    if not is_finite:
+        raise ValueError(f"{label} has NaN or infinities")
+    return is_exact
+
+
+def encode_experts(name: str, plain: Tensor, weight: Weight, scale_rows: int = 1) -> Weight:
+    """Writes a weight [E,N,C] to `weight` by a kernel, and returns it with its `is_exact`. ValueError unless all
+    numbers are finite."""
+    is_exact = weight.format in formats.MINIFLOATS
+    for expert, matrix in enumerate(plain):
+        own = {f: t[expert : expert + 1] for f in ("data", *formats.FIELDS) if (t := getattr(weight, f)) is not None}
+        if weight.records is not None:
+            first, bits = weight.records[expert].tolist()
+            own |= {"data": weight.data[first : first + bits], "records": torch.tensor([[0, bits]], dtype=torch.int32)}
+        label = f"{name}: expected finite numbers, expert {expert}"
+        is_exact = encode_matrix(matrix, weight.with_tensors(own), label, scale_rows) and is_exact
+    return dataclasses.replace(weight, is_exact=is_exact)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------

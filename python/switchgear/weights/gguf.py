@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear import ops
 from switchgear.reference import gguf
 from switchgear.reference.minifloat import finite_experts
-from switchgear.weights.form import FORMS, Form, KeyedForm, on_huge_pages
+from switchgear.weights.form import (
+    FORMS,
+    Form,
+    KeyedForm,
+    empty_tensor,
+    encode_experts,
+    encode_matrix,
+    has_encoder,
+    on_huge_pages,
+)
 from switchgear.weights.weight import Weight
 
 SUFFIX = "_bytes"
@@ -27,19 +35,20 @@ def gguf_weight(name: str, data: Tensor, cols: int, dtype: torch.dtype) -> Weigh
     return Weight(name, data, data.shape[1] * data.shape[2], cols, dtype, parts=data.shape[1])
 
 
-NATIVE = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # types that kernels encode
-_SLICE = 1 << 22  # numbers that are widened at once
-
-
-def encode_rows(name: str, weight: Tensor) -> Tensor:
-    """reference.gguf.encode, by a kernel with the same bits where one exists."""
-    if name not in NATIVE or weight.device.type != "cpu":
-        return gguf.encode(name, weight)
-    out = torch.empty(*weight.shape[:-1], gguf.row_bytes(name, weight.shape[-1]), dtype=torch.uint8)
-    count = max(1, _SLICE // weight.shape[-1])
-    rows = weight.detach().reshape(-1, weight.shape[-1])
-    for some, numbers in zip(torch.split(out.view(-1, out.shape[-1]), count), torch.split(rows, count), strict=True):
-        ops.encode_blocks(name, numbers.float().contiguous(), some, torch.get_num_threads())
+def encode_rows(kind: str, rows: Tensor, name: str = "rows") -> Tensor:
+    """reference.gguf.encode, by a kernel with the same bits where it can. ValueError, by `name`, unless all numbers are
+    finite."""
+    label = f"{name}: expected finite numbers to encode as {kind}, it"
+    if not has_encoder(rows):
+        if not all(bool(row.isfinite().all()) for row in rows):
+            raise ValueError(f"{label} has NaN or infinities")
+        return gguf.encode(kind, rows)
+    out = torch.empty(*rows.shape[:-1], gguf.row_bytes(kind, rows.shape[-1]), dtype=torch.uint8)
+    encode_matrix(
+        rows.flatten(0, -2) if rows.dim() > 1 else rows[None],
+        gguf_weight(kind, out.view(1, 1, -1, out.shape[-1]), rows.shape[-1], rows.dtype),
+        label,
+    )
     return out
 
 
@@ -58,9 +67,12 @@ class GgufForm(KeyedForm):
         columns = gguf.TYPES[self.name].columns
         if weight.shape[-1] % columns:
             return f"{name} has {weight.shape[-1]} columns, no multiple of {columns}"
-        rows = torch.stack([encode_rows(self.name, expert) for expert in finite_experts(weight, name)])
-        data = on_huge_pages(rows.view(len(rows), parts, -1, rows.shape[-1]))
-        return gguf_weight(self.name, data, weight.shape[-1], weight.dtype)
+        shape = len(weight), parts, weight.shape[1] // parts, gguf.row_bytes(self.name, weight.shape[-1])
+        if has_encoder(weight):
+            stored = gguf_weight(self.name, empty_tensor(*shape), weight.shape[-1], weight.dtype)
+            return encode_experts(name, weight, stored)
+        rows = torch.stack([gguf.encode(self.name, expert) for expert in finite_experts(weight, name)])
+        return gguf_weight(self.name, on_huge_pages(rows.view(shape)), weight.shape[-1], weight.dtype)
 
     def save(self, weight: Weight) -> dict[str, Tensor]:
         return {SUFFIX: weight.data.flatten(1, 2)}

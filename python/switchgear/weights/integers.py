@@ -10,29 +10,22 @@ Gradients reach x, topk_weights and biases.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from switchgear import ops
 from switchgear.checks import Count, Range, checked
 from switchgear.reference import groups, integers
+from switchgear.reference.checks import divide_up
 from switchgear.reference.formats import BITS
-from switchgear.reference.minifloat import COLUMNS
-from switchgear.weights.form import KeyedForm, on_huge_pages
+from switchgear.reference.minifloat import COLUMNS, ROWS
+from switchgear.weights.form import KeyedForm, empty_tensor, encode_experts, has_encoder, on_huge_pages
 from switchgear.weights.weight import Weight
 
 _MOST_COLUMNS = 1 << 16  # of a weight in integers
-
-
-def _kernel_for(weight: Tensor, function: Callable[..., None]) -> integers.Kernel | None:
-    if weight.device.type != "cpu" or not weight.numel():
-        return None
-    return functools.partial(function, num_threads=torch.get_num_threads())
 
 
 class _GroupSize:
@@ -65,17 +58,27 @@ class _Integers(KeyedForm):
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
         if weight.shape[2] > _MOST_COLUMNS:  # sums of more products do not fit int32
             return f"{name} has {weight.shape[2]} columns, and {self.name} takes at most {_MOST_COLUMNS}"
-        bits = BITS[self.name]
-        kernel = _kernel_for(weight, ops.quantize_integers)
-        levels = integers.quantize(weight.detach(), bits, self.group_size, self.symmetric, name, kernel)
-        stored = integers.to_blocks(levels, bits, parts)
-        data, scales, row_scales, zeros = (None if tensor is None else on_huge_pages(tensor) for tensor in stored)
+        bits, (num_experts, rows, cols) = BITS[self.name], weight.shape
+        stored: Sequence[Tensor | None]
+        if has_encoder(weight):
+            blocks = num_experts, parts * divide_up(rows // parts, ROWS)
+            shape = *blocks, divide_up(cols, self.group_size or cols), ROWS
+            stored = (
+                empty_tensor(*blocks, divide_up(cols, 8) * bits // 4, 64), empty_tensor(*shape, dtype=torch.int8),
+                empty_tensor(*blocks, ROWS, dtype=torch.float32), None if self.symmetric else empty_tensor(*shape),
+            )  # fmt: skip
+        else:
+            levels = integers.quantize(weight.detach(), bits, self.group_size, self.symmetric, name)
+            stored = [
+                None if tensor is None else on_huge_pages(tensor) for tensor in integers.to_blocks(levels, bits, parts)
+            ]
+        data, scales, row_scales, zeros = stored
         assert data is not None
-        _, rows, cols = weight.shape
-        return Weight(
+        encoded = Weight(
             self.name, data, rows, cols, weight.dtype, scales, row_scales, zeros,
             parts=parts, group_size=self.group_size,
         )  # fmt: skip
+        return encode_experts(name, weight, encoded) if has_encoder(weight) else encoded
 
 
 @checked
@@ -149,10 +152,22 @@ class Groups(KeyedForm):
         return bits
 
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        bits = self.bits_of(len(weight))
-        kernel = _kernel_for(weight, ops.quantize_groups)
-        levels = groups.quantize(weight.detach(), bits, self.group_size, self.symmetric, name, kernel)
-        return weight_of(levels, weight.dtype, self.group_size, parts=parts)
+        bits, (num_experts, rows, cols) = self.bits_of(len(weight)), weight.shape
+        if not has_encoder(weight):
+            levels = groups.quantize(weight.detach(), bits, self.group_size, self.symmetric, name)
+            return weight_of(levels, weight.dtype, self.group_size, parts=parts)
+        blocks = parts * divide_up(rows // parts, ROWS)
+        scales = num_experts, blocks, divide_up(cols, self.group_size or cols), ROWS
+        stored = Weight(
+            self.name, empty_tensor(sum(bits), blocks, divide_up(cols, COLUMNS), groups.PLANE), rows, cols,
+            weight.dtype, empty_tensor(*scales, dtype=torch.float16),
+            zeros=None if self.symmetric else empty_tensor(*scales),
+            records=groups.records_of(bits), parts=parts, group_size=self.group_size,
+        )  # fmt: skip
+        encoded = encode_experts(name, weight, stored)
+        assert encoded.scales is not None
+        groups.check_scales(name, encoded.scales, weight)
+        return encoded
 
     def save(self, weight: Weight) -> dict[str, Tensor]:
         assert weight.records is not None

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from switchgear.checks import checked
 from switchgear.reference import minifloat, nf4
-from switchgear.weights.form import KeyedForm, on_huge_pages
+from switchgear.reference.checks import divide_up
+from switchgear.weights.form import KeyedForm, empty_tensor, encode_experts, has_encoder, on_huge_pages
 from switchgear.weights.weight import Weight
 
 __all__ = ["Fp8", "Mxfp4", "Nf4", "Nvfp4"]
@@ -46,14 +47,23 @@ class _Minifloat(KeyedForm):
         """The published layout."""
 
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        *published, is_exact = self._publish(weight.detach(), parts, name)
-        _, rows, cols = weight.shape
-        group_size = minifloat.MINIFLOATS[self.name].group or self._block_shape[1]
-        tensors: dict[str, Any] = dict(self._store(published, parts))
-        return Weight(
+        (num_experts, rows, cols), kind = weight.shape, minifloat.MINIFLOATS[self.name]
+        group_size, is_exact = kind.group or self._block_shape[1], False
+        tensors: dict[str, Any] = {}
+        if has_encoder(weight):
+            shape = minifloat.blocks_shape(rows, cols, self.name, parts)
+            scales = num_experts, shape[0], divide_up(cols, group_size or cols), minifloat.ROWS
+            tensors = {"data": empty_tensor(num_experts, *shape), "scales": empty_tensor(*scales, dtype=kind.scales)}
+            if kind.row_scales:
+                tensors["row_scales"] = empty_tensor(*scales[:2], minifloat.ROWS, dtype=torch.float32)
+        else:
+            *published, is_exact = self._publish(weight.detach(), parts, name)
+            tensors |= self._store(published, parts)
+        encoded = Weight(
             self.name, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=group_size, is_exact=is_exact,
             **tensors,
         )  # fmt: skip
+        return encode_experts(name, weight, encoded, self._block_shape[0]) if has_encoder(weight) else encoded
 
     def _store(self, published: Sequence[Any], parts: int) -> dict[str, Tensor]:
         """The tensors of a Weight."""
