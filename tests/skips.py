@@ -9,7 +9,7 @@ import re
 ALLOWED = (
     # packages and tools
     r"(accelerate|cmake|gguf|jax|llama_cpp|matplotlib|mergekit|peft|rich|safetensors|scipy) is not installed",
-    r"(switchgear_bench|tokenizers|transformers) is not installed",
+    r"(switchgear_bench|tokenizers|tqdm|transformers) is not installed",
     r"(fastapi|openai|uvicorn) is not installed",
     r"scikit-build-core is not installed",
     r"needs peft and transformers: .*",

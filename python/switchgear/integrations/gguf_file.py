@@ -28,6 +28,7 @@ from torch import Tensor
 
 from switchgear.files import AnyPath, bytes_of, reading, writing
 from switchgear.reference import gguf
+from switchgear.utils.progress import show_progress
 
 __all__ = ["Array", "DeferredTensor", "GgufFile", "GgufTensor", "Value", "read_gguf", "write_gguf"]
 
@@ -434,7 +435,7 @@ def write_gguf(
     with writing(path) as file:
         written = sum(map(file.write, head))
         file.write(bytes(-written % alignment))
-        for name, tensor in tensors.items():
+        for name, tensor in show_progress(tensors.items(), f"writing {path}"):
             written = file.write(bytes_of(_make_data(name, tensor)))
             file.write(bytes(-written % alignment))
 

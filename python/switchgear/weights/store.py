@@ -19,6 +19,7 @@ from switchgear import backends, ops
 from switchgear.checks import Size, checked
 from switchgear.reference import formats
 from switchgear.reference.checks import AnyFloats
+from switchgear.utils.progress import show_progress
 from switchgear.weights.adapted import can_borrow_from, notice_wrappers
 from switchgear.weights.exact import Panels, Plain
 from switchgear.weights.form import FORMS, Form, Layout, hint_for, layout_of, linear_layout_of, on_huge_pages
@@ -496,7 +497,7 @@ class _Storing:
         prepare = preparation_of(form, self._keep_plain)
         own = _Storing(self._model, self._low_memory, self._keep_plain)
         try:
-            for target in targets:
+            for target in show_progress(targets, f"storing as {form}"):
                 change = prepare(target)
                 own.done.append((target.name, change))
                 if self._low_memory:
