@@ -559,6 +559,7 @@ bool encode_minifloats(const RowsToEncode& rows, int64_t first, Lanes<T>& lanes)
     Floats w[kChunk] = {};
     Ints q[kChunk] = {};
     lanes.read(column, count, w);
+    for (Floats& x : w) x = choose(magnitude_bits(x) < 0x7f800000, x, Floats{});  // else refused, and integers overflow
     for (int64_t i = 0; i < count; i += Its::kGroup) {
       const Floats factor = Its::encode(rows, w + i, q + i, column + i, first);
       const int64_t some = count - i < Its::kGroup ? count - i : Its::kGroup;
