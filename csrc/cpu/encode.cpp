@@ -9,16 +9,16 @@
 
 #include "checks.h"
 #include "encoders.h"
+#include "experts.h"
 #include "switchgear/gguf.h"
 #include "threads.h"
+#include "workspace.h"
 
 namespace switchgear {
 namespace {
 
 constexpr float kSmallestScale = 0x1p-126f;  // of fp8 and nvfp4
 constexpr int64_t kRows = cpu::kEncodedRows;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class Encoding {
  public:
@@ -55,12 +55,12 @@ class Encoding {
   void encode_rows() {
     is_exact_ = is_minifloat(w_.format);
     if (format_row(w_.format).row_scales && !is_integer(w_.format)) scale_parts();
-    const int64_t groups = divide_up(w_.cols, size_);
-    std::vector<std::vector<float>> scratch(static_cast<size_t>(num_threads_));
-    const int64_t task_rows = std::max(kRows, scale_rows_), tasks = divide_up(rows_, task_rows);
+    const int64_t groups = cpu::ceil_div(w_.cols, size_);
+    const int64_t scratch_bytes = cpu::Workspace::padded(cpu::scratch_floats(w_.cols, size_) * 4);
+    cpu::Workspace workspace(num_threads_ * scratch_bytes);
+    char* const scratch = static_cast<char*>(workspace.take_bytes(num_threads_ * scratch_bytes));
+    const int64_t task_rows = std::max(kRows, scale_rows_), tasks = cpu::ceil_div(rows_, task_rows);
     cpu::parallel_for_shares(num_threads_, w_.parts * tasks, [&](int64_t task, int thread) {
-      std::vector<float>& floats = scratch[static_cast<size_t>(thread)];
-      if (floats.empty()) floats.resize(static_cast<size_t>(cpu::scratch_floats(w_.cols, size_) + kRows));
       const int64_t part = task / tasks, first = task % tasks * task_rows, last = std::min(first + task_rows, rows_);
       if (w_.format == Format::kFp8) scale_rows(part, first, last);
       for (int64_t n = first; n < last; n += kRows) {
@@ -77,7 +77,7 @@ class Encoding {
             .scales = w_.scales.as<char>() + at * size_of(w_.scales.dtype),
             .row_scales = w_.row_scales.defined() ? w_.row_scales.as<float>() + block * kRows : nullptr,
             .zeros = w_.zeros.defined() ? w_.zeros.as<uint8_t>() + at : nullptr,
-            .scratch = aligned(floats.data()),
+            .scratch = reinterpret_cast<float*>(scratch + thread * scratch_bytes),
             .compares = is_exact_.load(std::memory_order_relaxed)};
         const Encoded found = kernels_.encode_rows(rows);
         if (!found.is_finite) is_finite_ = false;
@@ -85,8 +85,6 @@ class Encoding {
       }
     });
   }
-
-  static float* aligned(float* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64 / sizeof(float); }
 
   bool has_planes() const { return w_.format == Format::kGroups; }
 
@@ -96,7 +94,7 @@ class Encoding {
 
   // Writes fp8's scales of rows [first, last) of a part: one for all, or one for each.
   void scale_rows(int64_t part, int64_t first, int64_t last) {
-    const int64_t groups = divide_up(w_.cols, size_), together = scale_rows_ == 1 ? 1 : last - first;
+    const int64_t groups = cpu::ceil_div(w_.cols, size_), together = scale_rows_ == 1 ? 1 : last - first;
     auto* const scales = w_.scales.as<float>() + part * blocks_ * groups * kRows;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t column = g * size_, count = std::min(size_, w_.cols - column);
@@ -133,7 +131,7 @@ class Encoding {
   const cpu::EncodeKernels& kernels_;
   const int64_t scale_rows_;
   const int num_threads_;
-  const int64_t rows_ = w_.rows / w_.parts, blocks_ = divide_up(rows_, kRows);  // of a part
+  const int64_t rows_ = w_.rows / w_.parts, blocks_ = cpu::ceil_div(rows_, kRows);  // of a part
   const int64_t size_ = w_.group_size == 0 ? w_.cols : std::min(w_.group_size, w_.cols);
   const int64_t bits_ = has_planes() ? w_.records.as<const int32_t>()[1] : 0;
   uint8_t* const data_ =

@@ -47,14 +47,12 @@ uint8_t* gather(uint8_t* out, const uint8_t* codes, int count, int shift) {
   return out;
 }
 
-constexpr float kIq4Values[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-
 // The middles between kIq4Values, and the nearest of them to each integer from -128 on, of two the lower one.
 struct Iq4Tables {
   float middles[15], nearest[kWide];
 
   consteval Iq4Tables() : middles{}, nearest{} {
-    for (int i = 0; i < 15; ++i) middles[i] = (kIq4Values[i] + kIq4Values[i + 1]) / 2;
+    for (int i = 0; i < 15; ++i) middles[i] = static_cast<float>(kIq4Values[i] + kIq4Values[i + 1]) / 2;
     for (int i = 0; i < kWide; ++i) {
       int code = 0;
       while (code < 15 && static_cast<float>(i - 128) > middles[code]) ++code;

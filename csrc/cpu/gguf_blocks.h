@@ -25,8 +25,6 @@ inline float half_at(const uint8_t* p) {
 #endif
 }
 
-alignas(16) constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                               1,    13,   25,  38,  53,  69,  89,  113};
 alignas(16) constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // kCount bytes as a vector. By reference: those longer than the ISA's have no place in calls.

@@ -44,4 +44,8 @@ constexpr const GgufType& gguf_type(Format format) {
   return kGgufTypes[static_cast<size_t>(format) - static_cast<size_t>(Format::kQ80)];
 }
 
+// The table of iq4_nl and iq4_xs.
+alignas(16) inline constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                      1,    13,   25,  38,  53,  69,  89,  113};
+
 }  // namespace switchgear

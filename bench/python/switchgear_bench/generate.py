@@ -160,7 +160,7 @@ class InTransformers(Decoder):
     def __init__(self, model: Any, prepare: Callable[[Any], object] = lambda _: None) -> None:
         self._model = model
         prepare(model)
-        model.generation_config.eos_token_id = None  # texts have as many tokens as are asked for
+        model.generation_config.eos_token_id = None  # no text ends early
 
     @torch.inference_mode()
     def logits(self, prompt: list[int]) -> Tensor:
