@@ -28,6 +28,7 @@
 # make clients                       recipes with other libraries, in an environment of their own (docs/clients.md)
 #   KIND=vllm                        the recipe with vLLM, whose packages are of other versions
 #   KIND=linears                     tools for linear layers on experts shown as such
+#   KIND=gguf                        trained models in llama.cpp, which is compiled: the same tokens
 #   KIND=transformers                transformers' common tests of models: none may fail that passes with its own experts (FAMILIES=…)
 # make build                         editable install, for development
 # make wheel                         dist/*.whl; KIND=sdist: dist/*.tar.gz; KIND=sbom: dist/*.cdx.json, what an installation consists of
@@ -400,6 +401,15 @@ $(CLIENTS_VENV)-linears/bin/python -m pip install --disable-pip-version-check --
   transformers accelerate peft torchao
 $(call install_again,$(CLIENTS_VENV)-linears)
 $(CLIENTS_VENV)-linears/bin/python examples/clients/expert_linears.py
+endef
+
+define clients.gguf
+$(wheel.wheel)
+$(PYTHON) -m venv $(CLIENTS_VENV)-gguf
+$(CLIENTS_VENV)-gguf/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt dist/*.whl \
+  transformers accelerate peft llama-cpp-python
+$(call install_again,$(CLIENTS_VENV)-gguf)
+$(CLIENTS_VENV)-gguf/bin/python examples/clients/gguf_llama.py
 endef
 
 # vLLM imports torchaudio, torchcodec and torchvision if they are there, but not all sources have them for its torch.
