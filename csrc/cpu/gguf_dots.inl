@@ -208,12 +208,12 @@ inline void store_sums(float* c, Floats (&totals)[16]) {
 
 // ---- few rows ------------------------------------------------------------------------------------------------------------
 
-// Blocks from w on, of which `rest` are in memory: zeros follow in a copy.
-template <int kBytes, int kCount>
-inline const uint8_t* whole_blocks(uint8_t (&copy)[kBytes * kCount], const uint8_t* w, int64_t rest) {
-  if (rest >= kCount) return w;
+// kBlocks blocks from w on, of which those before `end` are in memory: a copy if they are fewer.
+template <int kBytes>
+inline const uint8_t* whole_blocks(uint8_t (&copy)[kBytes * kBlocks], const uint8_t* w, const uint8_t* end) {
+  if (end - w >= kBytes * kBlocks) return w;
   __builtin_memset(copy, 0, sizeof copy);
-  __builtin_memcpy(copy, w, static_cast<size_t>(rest * kBytes));
+  __builtin_memcpy(copy, w, static_cast<size_t>(end - w));
   return copy;
 }
 
@@ -225,13 +225,17 @@ void narrow_totals(Floats (&totals)[kRows][16], const Product& p, int64_t m, int
   const int64_t blocks = p.depth / kNarrow;
   const char* x[kRows];
   for (int i = 0; i < kRows; ++i) x[i] = static_cast<const char*>(p.rows[m + i]);
+  const auto* const weights = static_cast<const uint8_t*>(p.b.data);
+  const uint8_t* const end = weights + (p.num_columns - 1) * p.b.n_stride + blocks * kBytes;
   for (int64_t j = 0; j < count; ++j) {
-    const auto* w = static_cast<const uint8_t*>(p.b.data) + (n + j) * p.b.n_stride;
+    const uint8_t* w = weights + (n + j) * p.b.n_stride;
     Floats total[kRows] = {};
     for (int64_t b = 0; b < blocks; b += kBlocks, w += kBlocks * kBytes) {
       prefetch_lines(w, kBlocks * kBytes);
       uint8_t copy[kBlocks * kBytes];
-      const uint8_t* const block = whole_blocks<kBytes, kBlocks>(copy, w, blocks - b);
+      const uint8_t* const block = whole_blocks<kBytes>(copy, w, end);
+      const __mmask16 valid =
+          first_lanes(std::min<int64_t>(blocks - b, kBlocks));  // those of this row: the next one's follow
       Vector sums[kRows][4];
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
@@ -244,9 +248,9 @@ void narrow_totals(Floats (&totals)[kRows][16], const Product& p, int64_t m, int
           sums[i][v] = _mm512_dpbusd_epi32(sums[i][v], last, load_vector(values + 64));
         }
       }
-      const Floats scales = narrow_scales<kFormat>(block);
+      const Floats scales = _mm512_maskz_mov_ps(valid, narrow_scales<kFormat>(block));
       Floats mins = {};
-      if constexpr (Block<kFormat>::kHasMins) mins = halves_of<kBytes>(block + 2);
+      if constexpr (Block<kFormat>::kHasMins) mins = _mm512_maskz_mov_ps(valid, halves_of<kBytes>(block + 2));
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
         Vector sum = sums_of_fours(sums[i]);
@@ -428,7 +432,7 @@ void take_apart_narrow(char* out, const uint8_t* const (&rows)[16], int64_t dept
       const uint8_t* const w = rows[j] + b * P::kBytes;
       prefetch_lines(w, kBlocks * P::kBytes);
       uint8_t copy[kBlocks * P::kBytes];
-      const uint8_t* const block = whole_blocks<P::kBytes, kBlocks>(copy, w, blocks - b);
+      const uint8_t* const block = whole_blocks<P::kBytes>(copy, w, rows[j] + blocks * P::kBytes);
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
         Vector first, last;

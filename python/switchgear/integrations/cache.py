@@ -44,7 +44,6 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.memory: tuple[Tensor, Tensor] | None = None  # [B,J,C,D] and [B,J,C,V]
         self.expanded: GrowingLayer | None = None  # see `expand`
         self.call: Any = None  # a LayerCall; False if the layer has none
-        self.ahead: Any = None  # an Ahead
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]

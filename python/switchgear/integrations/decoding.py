@@ -191,13 +191,6 @@ def _repeat_call(
         return None
     if not (call := keeping.call) or keeping.memory is None or getattr(cache, "offloading", False):
         return None
-    given = mask, position_ids, angles
-    if (ahead := keeping.ahead) is not None:
-        keeping.ahead = None
-        if ahead.matches((x, *given)):
-            call.follows = True
-            keeping.length += x.shape[1]
-            return ahead.y  # type: ignore[no-any-return]
     if not call.is_current(layer):
         keeping.call = None
         return None
@@ -206,7 +199,8 @@ def _repeat_call(
     if (seen := _read_mask(attention, mask, position_ids, x, cache)) is None:
         return None
     run = [keeping]
-    if x.shape[1] == 1 and getattr(cache, "is_in_model", False) and not torch.is_inference_mode_enabled():
+    ahead: Any = getattr(cache, "ahead", None)
+    if x.shape[1] == 1 and ahead is not None and not torch.is_inference_mode_enabled():
         run += _find_followers(layers[index + 1 :], keeping, mask)
     count, length, window = x.shape[1], keeping.length + x.shape[1], seen.window or 0
     results = ops.decoder_layers_on_host(
@@ -219,7 +213,7 @@ def _repeat_call(
     )
     for follower, taken, y in zip(run[1:], results, results[1:], strict=False):
         follower.length -= count  # until the model calls the layer
-        follower.ahead, follower.call.follows = Ahead((taken, *given), y, taken._version), False
+        ahead.put(taken, y, follower.call, follower)
     return results[0]
 
 
@@ -517,6 +511,10 @@ def _build_forward(known: LayerClass, kind: type[nn.Module]) -> Callable[..., An
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or type(self).forward is not own:
             return type(self).forward(self, hidden_states, *args, **kwargs)
+        cache = kwargs.get("past_key_values") if (given := kwargs.get("cache")) is None else given
+        ahead = getattr(cache, "ahead", None)
+        if ahead is not None and (y := ahead.take(self, hidden_states, kwargs)) is not None:
+            return y
         if inner is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None:
                 return own(self, hidden_states, **kwargs)
@@ -527,18 +525,19 @@ def _build_forward(known: LayerClass, kind: type[nn.Module]) -> Callable[..., An
 
 
 def _build_model_forward(own: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a model's class, during which the cache says that nothing else calls the layers."""
+    """The forward of a model's class, during which nothing else calls the layers, and the cache has what is computed
+    ahead."""
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values") if (given := kwargs.get("cache")) is None else given
         if type(self).forward is not own or torch.compiler.is_compiling() or not isinstance(cache, Cache):
             return type(self).forward(self, *args, **kwargs)
-        cache.is_in_model = True  # type: ignore[attr-defined]
+        cache.ahead = Ahead()  # type: ignore[attr-defined]
         try:
             return own(self, *args, **kwargs)
         finally:
-            del cache.is_in_model  # type: ignore[attr-defined]
+            del cache.ahead  # type: ignore[attr-defined]
 
     return forward
 

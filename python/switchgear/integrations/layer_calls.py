@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import repeat
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,12 +96,33 @@ class LayerCall:
         return type(None), ()
 
 
-class Ahead(NamedTuple):
-    """What a layer returns if it is called with `given`: x, the mask, positions and angles."""
+class Ahead:
+    """What layers return that the first one of a cache has computed, while the forward of their model runs.
 
-    given: tuple[Any, ...]
-    y: Tensor
-    version: int  # of x, which a model may change in place
+    `arguments` are those of the layer that was called last. The layers after it must be called with the same, and with
+    the x that the layer before returned, which nobody has changed in place.
+    """
 
-    def matches(self, given: tuple[Any, ...]) -> bool:
-        return _are(given, self.given) and given[0]._version == self.version
+    def __init__(self) -> None:
+        self.arguments: dict[str, Any] = {}
+        self._results: dict[nn.Module, tuple[Tensor, int, Tensor, LayerCall, Any]] = {}
+
+    def put(self, x: Tensor, y: Tensor, call: LayerCall, keeping: Any) -> None:
+        """keeping: the layer of the cache, whose memory has the tokens, but not its length."""
+        self._results[call.layer] = x, x._version, y, call, keeping
+        call.follows = False
+
+    def take(self, layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+        """What the layer returns for x, now with its tokens counted; else None."""
+        if (found := self._results.pop(layer, None)) is not None:
+            of, version, y, call, keeping = found
+            if x is of and x._version == version and _are_same(arguments, self.arguments):
+                keeping.length += x.shape[1]
+                call.follows = True
+                return y
+        self.arguments = arguments
+        return None
+
+
+def _are_same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return len(a) == len(b) and _are(map(a.get, b), b.values())
