@@ -479,7 +479,6 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   SWITCHGEAR_CHECK(ValueError, !args.input_gradient || args.weight.format == Format::kPlain,
                    "weight: expected plain weights for input_gradient, got ", name_of(args.weight.format));
   weight_input(call, kWeight, args.weight, E, N, C);
-  SWITCHGEAR_CHECK(ValueError, args.weight.format != Format::kPanels, "weight: expected no panels in grouped_gemm");
   SWITCHGEAR_CHECK(ValueError, !args.transposed || multiplies_transposed(args.weight.format),
                    "weight: expected a format with parts (int8, fp8, groups, q4_k, …) to be transposed, got ",
                    name_of(args.weight.format));

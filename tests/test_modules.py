@@ -377,7 +377,6 @@ def test_activation_with_parameters_is_a_submodule() -> None:
     assert "squared_tanh" in repr(plain)
 
 
-@pytest.mark.filterwarnings("ignore:.*weights in panels")  # which each call expands
 @pytest.mark.parametrize("format", ["int4", "panels", "mxfp4"])
 def test_function_as_activation_with_stored_weights_and_adapters(format: str) -> None:
     named, own = (

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from transformers import StaticCache
+from transformers import OlmoeConfig, OlmoeForCausalLM, StaticCache
 
 import switchgear
 from switchgear import ops
 from switchgear.integrations import decoding
 from switchgear.integrations.cache import GrowingCache, GrowingLayer
 from switchgear.integrations.transformers import accelerate, undo_accelerate
-from tiny_configs import MODEL_TYPES
+from tiny_configs import MODEL_TYPES, tiny_config
 from tiny_models import build, example_inputs
 
 TYPES = ("olmoe", "qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "glm4_moe", "phimoe", "deepseek_v3")
@@ -237,6 +237,34 @@ def test_stored_linears(model_type: str, calls: list[Any]) -> None:
     parts = [model(part, past_key_values=cache).logits for part in IDS.split((5, 1, 11), 1)]
     assert torch.equal(torch.cat(parts, 1), whole)
     undo_accelerate(replaced)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["compact", "panels"])
+def test_lossless_forms_have_the_bits_of_plain_layers_in_as_few_calls(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(OlmoeConfig)
+    config.update({"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 384, "head_dim": 128})
+    config.num_hidden_layers = 2
+    model: Any = OlmoeForCausalLM(config).bfloat16().eval()
+    accelerate(model, whole_layers=True)
+    repeated: list[Any] = []
+    real = ops.decoder_layers_on_host
+    monkeypatch.setattr(ops, "decoder_layers_on_host", lambda *args: (repeated.append(len(args[3])), real(*args))[1])
+
+    def decode() -> tuple[Tensor, list[Any]]:
+        repeated.clear()
+        cache = GrowingCache(config)
+        logits = [model(part, past_key_values=cache).logits for part in IDS.split((9, 1, 1, 1, 1, 1, 3), 1)]
+        return torch.cat(logits, 1), list(repeated)
+
+    want, wanted_calls = decode()
+    switchgear.store(model, form, linears=form)
+    got, got_calls = decode()
+    assert torch.equal(got, want)
+    assert got_calls == wanted_calls
+    assert 2 in got_calls
 
 
 def test_gradients_are_those_of_the_modules(model: Any, calls: list[Any]) -> None:

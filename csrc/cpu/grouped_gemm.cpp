@@ -70,17 +70,18 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const int num_threads = useful_threads(used_slots * width * depth, context.num_threads);
 
   // Copies of the rows. `multiply` reads them in place, and so are those of a table of which few are used. GGUF's types read
-  // rounded ones.
+  // rounded ones, and panels sorted ones.
   std::optional<InputRows> x;
+  const bool is_in_panels = args.weight.format == Format::kPanels;
   const bool copies = width >= kCopiedColumns && args.x.shape[0] <= 2 * used_slots;
-  if (!args.input_gradient && (copies || is_gguf(args.weight.format)))
+  if (!args.input_gradient && (copies || is_in_panels || is_gguf(args.weight.format)))
     x.emplace(context, args.weight.format, args.x, used_slots, num_experts);
   const int64_t block_bytes =
       args.input_gradient ? 0 : gathered_block_bytes(k, args.weight.format, args.x.dtype, depth);
   const int64_t gathered_bytes = GatheredRows::bytes(block_bytes, num_slots);
   // Parts of the rows are stored separately, so no tile reaches into the next one.
   const int64_t parts = has_parts(args.weight.format) ? args.weight.parts : 1, part_width = width / parts;
-  const bool may_be_narrow = !args.input_gradient && !is_decoded(args.weight.format);
+  const bool may_be_narrow = !args.input_gradient && !is_in_panels && !is_decoded(args.weight.format);
   const TileSize size(expert_offsets, num_experts, part_width, may_be_narrow, context);
   const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, part_width, size.columns, size.rows,
                                              gathered_bytes > 0 ? TileOrder::kRows : TileOrder::kPanels);

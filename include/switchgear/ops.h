@@ -239,7 +239,7 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec = {
 // and groups (plain weights have strides for it): out[s,c] = Σ_n x[r(s),n] · weight[e(s)][n,c], which gradients of x need.
 struct GroupedGemmArgs {
   TensorView x;               // [R,C] float, rows contiguous; transposed: [R,N]
-  Weight weight;              // [E,N,C]; not in panels; plain with input_gradient
+  Weight weight;              // [E,N,C]; plain with input_gradient
   TensorView bias;            // [E,N] float, optional; none if transposed
   TensorView expert_offsets;  // [E+1]
   TensorView token_indices;   // [S], optional

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Weights in panels: the same elements in the order in which the kernels of one ISA read them, for whole layers on the CPU.
+// Weights in panels: the same elements in the order in which the kernels of one ISA read them, on the CPU.
 //
 // A tensor [E,N,C] becomes a contiguous [E,N/rows,vectors,vector_bytes] of uint8, whose shape tells for which ISA it was
 // made. csrc/cpu/panel_products.inl defines the order, amx_dot_products.inl that of tiles. N, and I if gates precede ups,

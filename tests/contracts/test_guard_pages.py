@@ -189,13 +189,11 @@ def form_calls(form: str, rng: np.random.Generator, dtype: torch.dtype) -> Itera
     weights_in = first.tensors, first.form, second.tensors, second.form
     layer = tuple(reference.Layer(*weights_in, *biases, topk_ids, weights, *GLU.values()))
     yield NativeCall("moe_forward", ((x,), layer, (y, h), num_threads), [y, h], layouts)
-    if form == "panels":  # which grouped_gemm does not take
-        return
     offsets, tokens, _ = reference.plan(topk_ids, E)
     out = rows(sizes["S"], N, True)
     product = (x, first.tensors, first.form, biases[0], offsets, tokens), (False, False), (out,), num_threads
     yield NativeCall("grouped_gemm", product, [out], layouts)
-    transposed = form not in ("plain", "compact")
+    transposed = form not in ("plain", "panels", "compact")
     grad, grad_x = rows(sizes["S"], N), rows(sizes["S"], H, True)
     if transposed:
         product = (grad, first.tensors, first.form, None, offsets, None), (True, False), (grad_x,), num_threads

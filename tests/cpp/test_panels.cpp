@@ -75,6 +75,7 @@ TEST(panels_give_the_bits_of_plain_weights) {
       note = std::string(c.name) + describe(o) + ", " + name_of(dtype);
       const Layer l(c, dtype, o, variant % 2 == 0, false, 31 + variant);
       Array y(dtype, {c.T, c.H}, 2), plain(dtype, {c.T, c.H}), h(dtype, {c.T * c.K, l.N}), plain_h = h;
+      Array product(dtype, {c.T * c.K, l.N}, 2), plain_product = product;
       MoeForwardArgs args{.x = l.x,
                           .weights = l.weights(),
                           .topk_ids = l.ids,
@@ -82,9 +83,15 @@ TEST(panels_give_the_bits_of_plain_weights) {
                           .options = o,
                           .y = plain,
                           .h = plain_h};
+      const GroupedGemmArgs gemm{.x = l.x,
+                                 .weight = l.weights().gate_up_proj,
+                                 .bias = l.weights().gate_up_bias,
+                                 .expert_offsets = l.plan.expert_offsets,
+                                 .token_indices = l.plan.token_indices,
+                                 .out = plain_product};
       Array gate_up = l.gate_up_proj, down = l.down_proj;
       for_each_isa(
-          {&y},
+          {&y, &product},
           [&](Execution exec) {
             MoeForwardArgs in_panels = args;
             in_panels.y = y;
@@ -95,11 +102,17 @@ TEST(panels_give_the_bits_of_plain_weights) {
             in_panels.weights.gate_up_proj = panels(gate_up, l.N, c.H);
             in_panels.weights.down_proj = panels(down, c.H, c.I);
             moe_forward(in_panels, exec);
+            GroupedGemmArgs gemm_in_panels = gemm;
+            gemm_in_panels.weight = in_panels.weights.gate_up_proj;
+            gemm_in_panels.out = product;
+            grouped_gemm(gemm_in_panels, exec);
           },
           [&] {
             moe_forward(args, {2});
             CHECK(same_bits(y, plain), "panels change y");
             CHECK(same_bits(h, plain_h), "panels change h");
+            grouped_gemm(gemm, {2});
+            CHECK(same_bits(product, plain_product), "panels change a product");
           });
     }
   }

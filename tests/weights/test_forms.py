@@ -7,7 +7,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -171,30 +171,21 @@ def test_grouped_gemm(backend: str, case: FormCase) -> None:
     plan = switchgear.plan(torch.randint(E_OF_GEMM, (9, 2)), E_OF_GEMM)
     x, bias = torch.randn(9, case.hidden_size), torch.randn(E_OF_GEMM, 256)
     results = []
-    with expected_warning(case):
-        for w in (stored, stored.plain()):
-            leaves = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
-            out = switchgear.grouped_gemm(
-                leaves[0], w, plan.expert_offsets, bias=leaves[1], token_indices=plan.token_indices
+    for w in (stored, stored.plain()):
+        leaves = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+        out = switchgear.grouped_gemm(
+            leaves[0], w, plan.expert_offsets, bias=leaves[1], token_indices=plan.token_indices
+        )
+        with torch.no_grad():
+            assert torch.equal(
+                switchgear.grouped_gemm(x, w, plan.expert_offsets, bias=bias, token_indices=plan.token_indices), out
             )
-            with torch.no_grad():
-                assert torch.equal(
-                    switchgear.grouped_gemm(x, w, plan.expert_offsets, bias=bias, token_indices=plan.token_indices), out
-                )
-            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for got, wanted in zip(*results, strict=True):
         assert distance(got, wanted) < (0.03 if isinstance(case.form, (Int4, Int8, GgufForm)) else 1e-5)
 
 
 E_OF_GEMM = 3
-
-
-def expected_warning(case: FormCase) -> AbstractContextManager[Any]:
-    """For grouped_gemm, which does not read panels: once per process."""
-    switchgear.backends._warned_about.clear()
-    is_announced = case.form.name == "panels" and switchgear.backend() == "native"
-    match = "no kernels for weights in panels, in grouped_gemm on cpu: each call expands them, slowly"
-    return pytest.warns(RuntimeWarning, match=match) if is_announced else nullcontext()
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

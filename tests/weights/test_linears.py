@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from form_cases import FORM_CASES, FormCase, distance
+from form_cases import FormCase, distance, forms
 from torch import Tensor, nn
 
 import switchgear
 from errors import raises
 from switchgear.layers import StoredLinear
-from switchgear.weights import Int4, Int8, Panels, encode, stored_of
-
-LINEAR_CASES = [case for case in FORM_CASES if not isinstance(case.form, Panels)]
-forms = pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+from switchgear.weights import Int4, Int8, encode, stored_of
 
 
 class Block(nn.Module):
@@ -175,8 +172,6 @@ def test_errors() -> None:
         switchgear.store(model, None)
     with raises(TypeError, "skip"):
         switchgear.store(model, None, linears="int8", skip="head")
-    with raises(ValueError, "model.q_proj"):
-        switchgear.store(model, None, linears="panels")
     with raises(ValueError, "model"):
         switchgear.store(model, None, linears="int8", skip=["*"])
     with raises(ValueError, "model"):

@@ -38,8 +38,7 @@ def grouped_gemm(
         x: [S,C] in slot order; or [T,C] with token_indices [S] (Plan.token_indices), and then r(s) = token_indices[s].
         weight: [E,N,C], or E matrices [N_e,C] of different heights. Either of the last two dimensions must be
             contiguous: pass transposed weights [E,C,N] as `weight.mT`, without a copy. (Matrices of a list whose
-            strides differ are copied.) A Weight in another format, an AdaptedWeight or a SelectedWeight also works;
-            panels are expanded for the call, because only `moe` can read them.
+            strides differ are copied.) A Weight in another format, an AdaptedWeight or a SelectedWeight also works.
         expert_offsets: [E+1] int32 (Plan.expert_offsets).
         bias: [E,N], N being the largest N_e.
 
@@ -90,7 +89,7 @@ def linear(x: Tensor, weight: AnyWeight, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"weight: expected [N,C], or one expert, got shape {list(weight.shape)}")
     rows = flat("x", x)
     bias = None if bias is None else bias[None]
-    if type(weight) is Weight and is_direct(x, None, bias) and (operand := weight.direct_operand()) is not None:
+    if type(weight) is Weight and is_direct(x, None, bias) and (operand := weight.direct_operand(x.dtype)) is not None:
         out = ops.grouped_gemm_on_host(rows, operand.tensors, operand.form, bias, _kept_offsets(len(rows)))
     else:
         out = grouped_gemm(rows, weight, _offsets(len(rows), x.device), bias=bias)
@@ -144,12 +143,10 @@ def _kept_offsets(num_rows: int) -> Tensor:
 
 
 def _operand_of(weight: Any, x: Tensor, bias: Tensor | None, autocast: str | None) -> Operand:
-    """What the product reads: plain weights instead of panels, and of other lossless forms if it is differentiated."""
-    if isinstance(weight, Weight) and weight.is_lossless and weight.form:
-        if weight.data.is_cpu and needs_autograd(x, bias):
-            return operand_of(weight.plain(), x.dtype, autocast)
-        if weight.format == "panels":
-            return weight.expanded(x.dtype, autocast, "weights in panels, in grouped_gemm")
+    """What the product reads: of lossless forms plain weights if it is differentiated."""
+    is_exact = isinstance(weight, Weight) and weight.is_lossless and weight.form
+    if is_exact and weight.data.is_cpu and needs_autograd(x, bias):
+        return operand_of(weight.plain(), x.dtype, autocast)
     operand = operand_of(weight, x.dtype, autocast)
     if operand.source is not None:
         raise ValueError("weight: expected one in memory, got offloaded experts, which only moe loads")

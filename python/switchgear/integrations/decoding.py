@@ -294,7 +294,7 @@ def _find_operands(x: Tensor, keeping: GrowingLayer, projections: tuple[Any, ...
     for weight, bias in projections:
         if type(weight) is nn.Parameter and weight.stride(-1) == 1:
             found += (weight, (), bias)
-        elif type(weight) is Weight and (operand := weight.direct_operand()) is not None:
+        elif type(weight) is Weight and (operand := weight.direct_operand(x.dtype)) is not None:
             found += (operand.tensors, operand.form, bias)
         else:
             return None

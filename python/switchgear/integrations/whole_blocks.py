@@ -220,7 +220,7 @@ def _find_operand(weight: Any, dtype: torch.dtype) -> tuple[Any, tuple[int, ...]
     data would leave behind."""
     if type(weight) is nn.Parameter:
         return (weight, ()) if weight.dtype is dtype and 1 in weight.stride()[-2:] else None
-    if type(weight) is Weight and (operand := weight.direct_operand()) is not None:
+    if type(weight) is Weight and (operand := weight.direct_operand(dtype)) is not None:
         return operand.tensors, operand.form
     return None
 

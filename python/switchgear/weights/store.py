@@ -21,7 +21,7 @@ from switchgear.reference import formats
 from switchgear.reference.checks import AnyFloats
 from switchgear.utils.progress import show_progress
 from switchgear.weights.adapted import can_borrow_from, notice_wrappers
-from switchgear.weights.exact import Panels, Plain
+from switchgear.weights.exact import Plain
 from switchgear.weights.form import FORMS, Form, Layout, hint_for, layout_of, linear_layout_of, on_huge_pages
 from switchgear.weights.module import (
     Kind,
@@ -138,9 +138,9 @@ def store(
             Int4(group_size=64); "auto" chooses one for the machine and the use. "plain" (rows along the inner
             dimension) keeps the parameters, and moves all weights of the model onto huge pages. None: experts stay as
             they are.
-        linears: the form of the linear layers, exactly of the class torch.nn.Linear; None: they stay as they are. Not
-            "panels". With another form than `form`, pass options in an object. A weight that another module has too,
-            such as tied embeddings, stays plain.
+        linears: the form of the linear layers, exactly of the class torch.nn.Linear; None: they stay as they are.
+            With another form than `form`, pass options in an object. A weight that another module has too, such as tied
+            embeddings, stays plain.
         skip: linear layers that stay plain: patterns of `fnmatch` for their path, or for one name in it.
         options: those of the form, or of `linears` if form is None. For "auto" (both, if both are "auto"):
             tokens_per_step, the number of tokens per forward (1: decoding one text), lossless, whether weights must
@@ -453,8 +453,6 @@ class LinearLayers:
         return any(fnmatchcase(part, pattern) for pattern in self.skip for part in (name, *name.split(".")))
 
     def obstacle(self, model: nn.Module, name: str, form: Form) -> str | None:
-        if isinstance(form, Panels):
-            return "linear layers do not read panels"
         own = vars(model.get_submodule(name))
         forward = own.get("_old_forward", own.get("forward"))
         if forward is not None and not hasattr(getattr(forward, "__func__", None), "switchgear_patch"):
@@ -630,7 +628,7 @@ def candidates(
     rows, text = what.rows(model, tokens_per_step)
     text = f"{text} on {ops.cpu_isa()}"
     plain = Candidate("plain", f"{text}: plain weights on huge pages", {})
-    panels = [Candidate("panels", f"{text}: the order of the kernels", {})] if isinstance(what, ExpertModules) else []
+    panels = Candidate("panels", f"{text}: the order of the kernels", {})
     if bits is not None:
         reason = f"{text}: the requested number of bits"
         return [Candidate("groups", reason, {"bits": bits, "symmetric": False})]
@@ -639,8 +637,8 @@ def candidates(
             return [Candidate("int4", f"{text}: memory is the limit, so the fewest bits", {"symmetric": False}), plain]
         return [Candidate("int8", f"{text}: multiplications are the limit, and those of int8 are fast", {}), plain]
     if rows <= FEW_ROWS and ops.cpu_isa().startswith(WIDE_VECTORS):
-        return [Candidate("compact", f"{text}: memory is the limit, so fewer bytes", {}), *panels, plain]
-    return [*panels, plain] if rows > 1 else [plain]
+        return [Candidate("compact", f"{text}: memory is the limit, so fewer bytes", {}), panels, plain]
+    return [panels, plain] if rows > 1 else [plain]
 
 
 def rows_per_expert(model: nn.Module, tokens_per_step: int) -> float:

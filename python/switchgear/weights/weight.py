@@ -174,9 +174,10 @@ class Weight:
             return self._operand
         return self.expanded(dtype, autocast, f"{self.format} weights")
 
-    def direct_operand(self) -> Operand | None:
-        """The operand for an x of any dtype, if it is stored by rounding and in plain tensors of the CPU."""
-        return self._operand if self.form and not self.is_lossless and self._operand.needs_no_dispatch else None
+    def direct_operand(self, dtype: torch.dtype) -> Operand | None:
+        """The operand for an x of `dtype` without a gradient, if it is stored in plain tensors of the CPU."""
+        is_direct = self.form and self._operand.needs_no_dispatch and self.multiplies(dtype)
+        return self._operand if is_direct else None
 
     def expanded(self, dtype: torch.dtype, autocast: str | None, subject: str) -> Operand:
         """The plain weight as an operand. Announces that kernels for `subject` are missing."""
