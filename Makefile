@@ -394,11 +394,13 @@ for client in $(CLIENTS); do $(CLIENTS_VENV)/bin/python examples/clients/$$clien
 $(CLIENTS_VENV)/bin/torchrun --nproc-per-node 2 examples/clients/fsdp2.py
 endef
 
+# llm-compressor 0.14 wants transformers 5.17, and runs with what is here.
 define clients.linears
 $(wheel.wheel)
 $(PYTHON) -m venv $(CLIENTS_VENV)-linears
 $(CLIENTS_VENV)-linears/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt dist/*.whl \
-  transformers accelerate peft torchao
+  transformers accelerate peft torchao captum auto-round compressed-tensors loguru
+$(CLIENTS_VENV)-linears/bin/python -m pip install --disable-pip-version-check --no-deps llmcompressor
 $(call install_again,$(CLIENTS_VENV)-linears)
 $(CLIENTS_VENV)-linears/bin/python examples/clients/expert_linears.py
 endef

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -183,16 +186,23 @@ def change(how: str, experts: nn.Module) -> Tensor:
     elif how == "parametrized":
         torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
         new = layer.weight.clone()
+    elif how == "forward":
+        layer.forward = lambda x: F.linear(x, new, layer.bias)
     return new
 
 
+HOW = ["in place", "data", "parameter", "double", "module", "parametrized", "forward", "experts"]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("how", ["in place", "data", "parameter", "double", "module", "parametrized"])
+@pytest.mark.parametrize("how", HOW)
 def test_what_lands(how: str, transposed: bool) -> None:
     moe = build_layer(bias=True, transposed=transposed, interleaved=True)
     before, old = describe(moe), {name: p.clone() for name, p in moe.named_parameters()}
     with as_linears(moe):
-        new = change(how, moe.experts)
+        if how == "experts":  # as tools do that have modules of their own for experts
+            moe.experts = nn.ModuleDict(copy.deepcopy(dict(moe.experts.named_children())))
+        new = change("in place" if how == "experts" else how, moe.experts)
     assert describe(moe) == before
     for name, parameter in moe.named_parameters():
         same = parameter == old[name]
@@ -221,6 +231,23 @@ def test_what_cannot_land(make: Callable[[Any], None]) -> None:
         make(moe[1].experts.get_submodule("3"))
     assert describe(moe) == before
     assert all(torch.equal(*pair) for pair in zip(moe.parameters(), old, strict=True))
+
+
+def test_a_block_that_is_gone() -> None:
+    model = nn.Sequential(build_layer())
+    with raises(ValueError, "model"), as_linears(model):
+        model[0] = nn.Identity()
+
+
+def test_what_tools_find() -> None:
+    """No stacked parameters, and the names of the arguments, by which tools keep calls and repeat them."""
+    moe, x = build_layer(bias=True), torch.randn(T, H)
+    choice = moe.gate(x)
+    with as_linears(moe):
+        assert not any(isinstance(value, nn.Parameter) for value in vars(moe.experts).values())
+        bound = inspect.signature(moe.experts.forward).bind(x, choice.topk_ids, choice.topk_weights)
+        y = moe.experts(**dict(reversed(bound.arguments.items())))
+        assert torch.equal(y, moe.experts(*bound.args))
 
 
 def test_exceptions() -> None:
@@ -336,6 +363,37 @@ def test_experts_that_are_modules_stay(model_type: str) -> None:
     before = describe(model)
     with as_linears(model):
         assert describe(model) == before
+
+
+def _bind_forward(module: nn.Module) -> None:
+    module.forward = types.MethodType(module.forward.__func__, module)  # type: ignore[method-assign]
+
+
+def _wrap_forward(module: nn.Module) -> None:
+    """As libraries do that move weights, and stay."""
+    forward = module.forward.__func__  # type: ignore[attr-defined]
+    module.forward = lambda *args, **kwargs: forward(module, *args, **kwargs)  # type: ignore[method-assign]
+
+
+def _replace_dict(module: nn.Module) -> None:
+    module._parameters = UserDict(module._parameters)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "jetmoe"])  # experts have the forward, and their block
+@pytest.mark.parametrize("change", [nn.Module.double, _bind_forward, _wrap_forward, _replace_dict])
+def test_what_tools_do_to_modules(change: Callable[[nn.Module], Any], model_type: str, accelerated: bool) -> None:
+    """Models go on, inside and afterwards."""
+    model = build(model_type)
+    if accelerated:
+        switchgear.accelerate(model)
+    wanted = run(model)
+    with as_linears(model):
+        for module in model.modules():
+            change(module)
+        assert is_close(run(model).float(), wanted, 3e-4)
+    assert is_close(run(model.float()), wanted)
+    assert not linears_in(model)
 
 
 def test_generation_goes_on() -> None:

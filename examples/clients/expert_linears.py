@@ -5,15 +5,21 @@ whose experts are nn.Linear modules of their own."""
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import small
 import torch
 from torch import Tensor, nn
 
 import switchgear.integrations.transformers
+
+# Groups of 128 weights, which are those of the schemes named W4A16.
+SIZES = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}
+PLAIN = ["lm_head", "re:.*mlp.gate$"]
 
 
 class ExpertModules(nn.ModuleList):
@@ -29,12 +35,15 @@ class ExpertModules(nn.ModuleList):
             self.append(expert)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
+        rows = x.new_empty(*ids.shape, x.shape[1])
         for e, expert in enumerate(self):
             tokens, choices = torch.where(ids == e)
             if len(tokens):
                 a = nn.functional.silu(expert["gate_proj"](x[tokens])) * expert["up_proj"](x[tokens])
-                y = y.index_add(0, tokens, expert["down_proj"](a) * weights[tokens, choices, None])
+                rows = rows.index_put((tokens, choices), expert["down_proj"](a))
+        y = torch.zeros_like(x)
+        for row, weight in zip(rows.unbind(1), weights.unbind(1), strict=True):  # with one rounding, as our kernel does
+            y = torch.addcmul(y.double(), row.double(), weight[:, None].double()).to(x.dtype)
         return y
 
 
@@ -67,17 +76,71 @@ def adapt(model: Any, inputs: Tensor) -> Tensor:
         return adapted(inputs).logits
 
 
-TOOLS = {"torchao": quantize, "peft": adapt}
+def compress(model: Any, inputs: Tensor, modifiers: list[Any]) -> Tensor:
+    from llmcompressor import oneshot
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(IntermediatesCache, "pin_memory"):  # needs a GPU
+        model.config.save_pretrained(folder)
+        model.config.name_or_path = folder
+        batches = torch.utils.data.DataLoader([{"input_ids": row} for row in inputs], batch_size=2)
+        oneshot(
+            model=model, dataset=batches, processor=small.tokenizer(), recipe=modifiers, moe_calibrate_all_experts=False
+        )
+    with torch.no_grad():
+        return model(inputs).logits
+
+
+def compress_gptq(model: Any, inputs: Tensor) -> Tensor:
+    """llm-compressor: GPTQ."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    return compress(model, inputs, [GPTQModifier(targets="Linear", scheme="W4A16_ASYM", ignore=PLAIN)])
+
+
+def compress_awq(model: Any, inputs: Tensor) -> Tensor:
+    """llm-compressor: AWQ."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    quantizer = QuantizationModifier(targets="Linear", scheme="W4A16_ASYM", ignore=PLAIN)
+    return compress(model, inputs, [AWQModifier(n_grid=5, offload_device=None), quantizer])
+
+
+def round_weights(model: Any, inputs: Tensor) -> Tensor:
+    """auto-round: four steps of learning how to round."""
+    from auto_round import AutoRound
+
+    rows: Any = [{"input_ids": row[None]} for row in inputs]
+    sizes = {"nsamples": len(inputs), "seqlen": inputs.shape[1], "batch_size": 2, "iters": 4}
+    rounded, _ = AutoRound(model, small.tokenizer(), "W4A16", sym=False, dataset=rows, **sizes, amp=False).quantize()
+    with torch.no_grad():
+        return rounded(inputs).logits
+
+
+def attribute(model: Any, inputs: Tensor) -> Tensor:
+    """Captum: gradient times activation of each expert's projections, for the likeliest next byte."""
+    from captum.attr import LayerGradientXActivation
+
+    layers = [m for name, m in model.named_modules() if ".experts." in name and isinstance(m, nn.Linear)]
+    method = LayerGradientXActivation(lambda x: model(inputs_embeds=x).logits[:, -1].amax(-1), layers)
+    return torch.cat([scores.flatten() for scores in method.attribute(model.get_input_embeddings()(inputs))])
+
+
+TOOLS = {
+    "torchao, int8": quantize, "PEFT, all-linear": adapt, "llm-compressor, GPTQ": compress_gptq,
+    "llm-compressor, AWQ": compress_awq, "auto-round": round_weights, "Captum": attribute,
+}  # fmt: skip
 
 
 def compare(name: str) -> None:
     inputs = torch.stack([piece["input_ids"] for piece in small.pieces()[:4]])[:, :64]
     results: list[Tensor] = []
-    plain = small.model("switchgear").eval()
+    plain = small.model("switchgear", changes=SIZES).eval()
     with torch.no_grad():
         logits = plain(inputs).logits
     for show in (unchanged, switchgear.as_linears):
-        model: Any = small.model("switchgear").eval()
+        model: Any = small.model("switchgear", changes=SIZES).eval()
         if show is unchanged:
             for layer in model.model.layers:
                 layer.mlp.experts = ExpertModules(layer.mlp.experts)

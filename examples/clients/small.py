@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,10 +21,13 @@ CONFIG = {
 }
 
 
-def model(experts_implementation: str, dtype: torch.dtype = torch.float32) -> Qwen3MoeForCausalLM:
+def model(
+    experts_implementation: str, dtype: torch.dtype = torch.float32, changes: Mapping[str, int] = {}
+) -> Qwen3MoeForCausalLM:
     """The same weights for each implementation."""
     torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**CONFIG, experts_implementation=experts_implementation)).to(dtype)
+    config = Qwen3MoeConfig(**CONFIG | changes, experts_implementation=experts_implementation)
+    return Qwen3MoeForCausalLM(config).to(dtype)
 
 
 def pieces() -> list[dict[str, torch.Tensor]]:

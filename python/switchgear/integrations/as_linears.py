@@ -2,12 +2,14 @@
 """Shows stacked experts as one nn.Linear per expert and projection, for tools that hook, read or replace such modules.
 
 Inside the block the linear layers have the parameters, which are views of the stacks; the stacks are attributes of
-their module, but not among its parameters. The experts' forward, or that of a block whose forward reads its experts, is
-replaced on the instance, so fast paths that skip calls run the model's own code around it.
+their module, but tensors: tools that look for stacked parameters find none. The experts' forward, or that of a block
+whose forward reads its experts, is replaced on the instance, so fast paths that skip calls run the model's own code
+around it.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from switchgear.checks import checked
 from switchgear.integrations.blocks import ExpertLayer, expert_layer
 from switchgear.integrations.experts import ExpertLinears, ExpertWeights, run_experts
-from switchgear.integrations.forwards import is_swapped, replace_forward, runs_own_forward
+from switchgear.integrations.forwards import get_forward, is_swapped, replace_forward, runs_own_forward
 from switchgear.integrations.modules import recognize
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.utils.modules import set_eval
@@ -49,6 +51,9 @@ def as_linears(model: nn.Module) -> Iterator[None]:
     Optimizers of `model.parameters()` have the parameters of the side where they are made; those made outside step
     inside, too. requires_grad of the stacks stays. After an exception, values not written in place are dropped.
 
+    Tools may cast and wrap modules, and put a module with the same names of layers in the place of the experts, which
+    are put back.
+
     Args:
         model: one with layers of switchgear.MoE or of Hugging Face, whether or not it runs on switchgear. Layers whose
             experts are nn.Linear modules already stay as they are.
@@ -68,10 +73,13 @@ def as_linears(model: nn.Module) -> Iterator[None]:
             for undo in view.show():
                 restored.callback(undo)
         yield
+        modules = set(model.modules())
+        if gone := [view.layer.name for view in views if view.layer.block.block not in modules]:
+            raise ValueError(f"model: expected its layer {gone[0]}, which is gone")
         for take_over in (False, True):  # all are read before one is written
             for view in views:
                 for linear in view.linears:
-                    for key, tensor in linear.read(view.layer).items():
+                    for key, tensor in linear.read(view).items():
                         if take_over:
                             linear.stacks[key].take_over(tensor, linear.expert, linear.rows)
 
@@ -145,11 +153,11 @@ class _Linear(NamedTuple):
         linear._parameters.update(parameters)
         return linear
 
-    def read(self, layer: ExpertLayer) -> dict[str, Tensor]:
+    def read(self, view: _View) -> dict[str, Tensor]:
         """The tensors of the layer that is there now. Raises ValueError if the stacks cannot have them."""
-        expected = f"{layer.name or 'model'}: expected a linear layer as {self.name} of expert {self.expert}"
+        expected = f"{view.layer.name or 'model'}: expected a linear layer as {self.name} of expert {self.expert}"
         try:
-            module: Any = layer.experts.get_submodule(f"{self.expert}.{self.name}")
+            module: Any = view.find_experts().get_submodule(f"{self.expert}.{self.name}")
         except AttributeError:
             raise ValueError(f"{expected}, got none") from None
         now = {key: stack.view(stack.parameter.detach(), self.expert, self.rows) for key, stack in self.stacks.items()}
@@ -174,7 +182,8 @@ def _read_matrix(module: Any, expected: str, now: Tensor) -> Tensor:
     """The matrix by which a linear layer multiplies, [out,in], as `now`, which the stack has."""
     weight: Any = getattr(module, "weight", None)
     bias: Any = getattr(module, "bias", None)
-    if getattr(type(module), "forward", None) is nn.Linear.forward and type(weight) in (Tensor, nn.Parameter):
+    runs_class = "forward" not in vars(module) and type(module).forward is nn.Linear.forward
+    if runs_class and type(weight) in (Tensor, nn.Parameter):
         return weight  # type: ignore[no-any-return]
     kept = bias.clone() if isinstance(bias, Tensor) else None
     try:
@@ -209,6 +218,7 @@ class _View:
             kind = type(self.owner).__name__
             raise ValueError(f"{layer.name or 'model'}: expected the forward of {kind}, other code has replaced it")
         experts, width = layer.experts, layer.intermediate_size
+        self.path = _find_path(layer.block.block, experts)
         self.is_interleaved = getattr(experts, "interleaved", not getattr(experts, "is_concatenated", True))
         names = {"up_proj": slice(None)}
         if getattr(experts, "gated", getattr(experts, "has_gate", True)):
@@ -232,19 +242,27 @@ class _View:
         for module in dict.fromkeys(tensor.module for tensor in self.layer.parameters):
             stacks = {id(stack.parameter) for both in self.stacks for stack in both.values()}
             yield _hide(module, [name for name, p in module._parameters.items() if id(p) in stacks])
-        yield self._remove_linears
+        yield self._put_back
         for linear in self.linears:
             if str(linear.expert) not in experts._modules:
                 experts.add_module(str(linear.expert), nn.ModuleDict().train(experts.training))
             experts.get_submodule(str(linear.expert)).add_module(linear.name, linear.build().train(experts.training))
         yield replace_forward(self.owner, self._build_forward())
 
-    def _remove_linears(self) -> None:
+    def find_experts(self) -> nn.Module:
+        """The module that is now where the experts were. Raises AttributeError if there is none."""
+        return self.layer.block.block.get_submodule(self.path)
+
+    def _put_back(self) -> None:
+        """Removes the linear layers, and what a tool has put in the place of the experts."""
         for expert in range(self.num_experts):
             self.layer.experts._modules.pop(str(expert), None)
+        if self.layer.experts not in self.layer.block.block.modules():  # where a wrapper may hold them
+            self.layer.block.block.set_submodule(self.path, self.layer.experts)
 
     def _build_forward(self) -> Callable[..., Any]:
-        path = next(name for name, module in self.owner.named_modules() if module is self.layer.experts)
+        path, before = _find_path(self.owner, self.layer.experts), get_forward(self.owner)
+        signature = inspect.signature(type(self.owner).forward)
         patch = getattr(recognize(self.owner), "patch", None)
         options: list[Any] = []
         for index, names in enumerate(self.names):
@@ -252,29 +270,38 @@ class _View:
             options.append((tuple(names), alternates, (*weight.shape,), weight.dtype))
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            linears: Any = [
-                ExpertLinears(self.get_submodule(path), *each) for each in options
-            ]  # of this copy of the module
+            experts = self.get_submodule(path)  # of this copy of the module
+            if "0" not in experts._modules:  # a tool's wrapper has kept this forward longer than the block
+                return before(self, *args, **kwargs)
+            linears: Any = [ExpertLinears(experts, *each) for each in options]
             if patch is not None:
                 return patch.forward(self, ExpertWeights(*linears), *args, **kwargs)
-            x, topk_ids, topk_weights = (*args, *kwargs.values())
+            _, x, topk_ids, topk_weights = signature.bind(self, *args, **kwargs).args
             rows = x.reshape(-1, x.shape[-1])
             ids = torch.where(topk_ids < linears[0].shape[0], topk_ids, -1).reshape(len(rows), -1)
             y = run_experts(rows, ids, topk_weights.reshape(ids.shape), ExpertWeights(*linears), self)
             return y.view(x.shape)
 
+        forward.__signature__ = signature  # type: ignore[attr-defined]  # which tools that keep arguments ask
         return forward
 
 
+def _find_path(module: nn.Module, part: nn.Module) -> str:
+    path: str = next(name for name, each in module.named_modules() if each is part)
+    return path
+
+
 def _hide(module: nn.Module, names: list[str]) -> Callable[[], None]:
-    """Takes parameters out of a module's; they stay attributes. Returns an undo function."""
+    """Takes parameters out of a module's; their tensors stay attributes. Returns an undo function."""
     own = module._parameters
-    before = dict(own)
+    before: dict[str, Any] = dict(own)
     for name in names:
-        vars(module)[name] = own.pop(name)
+        vars(module)[name] = before[name].detach()
+        del own[name]
 
     def undo() -> None:
-        now = dict(own)
+        now = dict(module._parameters)
+        module._parameters = own  # a tool that moves weights may have put one of its own there
         own.clear()
         own.update({name: p for name, p in (before | now).items() if name in now or name in names})  # in their order
         for name in names:

@@ -50,10 +50,16 @@ class ExpertLinears(NamedTuple):
         for expert, (begin, end) in enumerate(itertools.pairwise(offsets)):
             if begin < end:
                 part = self.experts.get_submodule(str(expert))
-                parts = [getattr(part, name)(rows[begin:end]) for name in self.names]
+                parts = [self._call(getattr(part, name), rows[begin:end]) for name in self.names]
                 results.append(torch.stack(parts, -1).flatten(1) if self.interleaved else torch.cat(parts, -1))
         empty = x.new_zeros(count - offsets[-1], self.shape[1])
         return torch.cat((*results, empty.to(results[0].dtype) if results else empty))
+
+    def _call(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """In the dtype that the layer has now: a tool may have cast it."""
+        dtypes = (each.dtype for each in linear.parameters() if each.is_floating_point() and each.itemsize > 1)
+        result: Tensor = linear(x.to(next(dtypes, self.dtype)))
+        return result
 
 
 # Classes of experts whose own loop over experts takes ids below E only. Those of all others skip the id E.
@@ -125,7 +131,7 @@ def project(
 ) -> Tensor:
     """`switchgear.grouped_gemm` with x cast to the dtype of the weights: models may keep weights in a wider dtype."""
     if isinstance(weight, ExpertLinears):
-        return weight.project(x.to(weight.dtype), expert_offsets, token_indices)
+        return weight.project(x, expert_offsets, token_indices)
     first: Any = weight
     if type(first) in (list, tuple):  # an AdaptedWeight is a NamedTuple, and no list of matrices
         first = first[0]

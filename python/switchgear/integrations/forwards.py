@@ -33,19 +33,27 @@ def runs_own_forward(module: nn.Module) -> bool:
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Replaces the forward of a module that runs its own, or one of ours. Returns an undo function, which leaves those
     of others."""
-    ours, before = types.MethodType(forward, module), vars(module).get(_get_attribute(module))
-    setattr(module, _get_attribute(module), ours)
+    before = vars(module).get(_get_attribute(module))
+    setattr(module, _get_attribute(module), types.MethodType(forward, module))
+
+    def is_ours(name: str) -> bool:
+        return getattr(vars(module).get(name), "__func__", None) is forward  # a hook may have bound it again
 
     def undo() -> None:
         own = before if _is_swap(before) else None
-        if vars(module).get("forward") is ours and own is None:
+        if is_ours("forward") and own is None:
             del module.forward
             return
         for name in ("forward", "_old_forward"):
-            if vars(module).get(name) is ours:
+            if is_ours(name):
                 setattr(module, name, own or types.MethodType(type(module).forward, module))
 
     return undo
+
+
+def get_forward(module: nn.Module) -> Any:
+    """The function that a module which runs its own forward, or one of ours, runs, itself or below a hook."""
+    return getattr(vars(module).get(_get_attribute(module)), "__func__", type(module).forward)
 
 
 def is_swapped(module: nn.Module) -> bool:
