@@ -378,7 +378,7 @@ site: $(INSTALLED)docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python docs/site/check.py build/site
 
-CLIENTS := trainer trl_sft lightning_module lm_eval_harness torchtitan_experts megatron_experts export_aoti
+CLIENTS := trainer trl_sft trl_grpo lightning_module lm_eval_harness torchtitan_experts megatron_experts export_aoti
 CLIENT_PACKAGES := transformers accelerate peft trl datasets lightning lm-eval torchtitan megatron-core triton
 CLIENTS_VENV := build/clients
 
