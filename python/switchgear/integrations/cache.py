@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from switchgear.checks import Count, checked
 
-__all__ = ["GrowingCache", "GrowingLayer", "adopt_layer"]
+__all__ = ["GrowingCache", "GrowingLayer", "adopt_layer", "begins"]
 
 _STEP = 128  # positions: capacities are multiples
 
@@ -202,3 +202,9 @@ def adopt_layer(cache: Any, index: int) -> GrowingLayer | None:
     if type(found := layers[index]) is not GrowingLayer and (found := _replace(layers[index])) is not None:
         layers[index] = found
     return found
+
+
+def begins(cache: Any, index: int) -> bool:
+    """Whether a cache of tokens has none of a layer yet."""
+    is_known = type(cache) in (DynamicCache, GrowingCache) and not getattr(cache, "offloading", False)
+    return is_known and cache.get_seq_length(index) == 0

@@ -27,7 +27,7 @@ from switchgear import ops
 from switchgear.backends import in_autocast, runs_natively, warn_once
 from switchgear.functional import AnyWeight, attend, linear, rms_norm, rotate_heads
 from switchgear.functional.gradients import needs_autograd
-from switchgear.integrations.cache import GrowingLayer, adopt_layer
+from switchgear.integrations.cache import GrowingLayer, adopt_layer, begins
 from switchgear.integrations.forwards import (
     LINEAR,
     Bypassed,
@@ -101,10 +101,13 @@ def _run_layer(
     if mask is None:
         return None
     keeping: GrowingLayer | None = None
+    fills = False  # a cache that begins, with keys and values that have gradients
     if cache is not None:
         if needs_autograd(hidden_states) or (torch.is_grad_enabled() and needs_autograd(*layer.parameters())):
-            return None
-        if (keeping := adopt_layer(cache, attention.layer_idx)) is None:
+            if known.is_latent or not begins(cache, attention.layer_idx):
+                return None
+            fills = True
+        elif (keeping := adopt_layer(cache, attention.layer_idx)) is None:
             return None
 
     batch, count, _ = hidden_states.shape
@@ -140,6 +143,8 @@ def _run_layer(
             q, keys, values = _turn_heads(q, k, v, known, position_embeddings, norms, into)
             if keeping is not None:
                 keys, values = keeping.memory  # type: ignore[misc]
+            if fills:
+                cache.update(keys, values, attention.layer_idx)
         attended = attend(
             q,
             keys,
