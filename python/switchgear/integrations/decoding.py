@@ -101,12 +101,10 @@ def _run_layer(
     if mask is None:
         return None
     keeping: GrowingLayer | None = None
-    fills = False  # a cache that begins, with keys and values that have gradients
     if cache is not None:
         if needs_autograd(hidden_states) or (torch.is_grad_enabled() and needs_autograd(*layer.parameters())):
             if known.is_latent or not begins(cache, attention.layer_idx):
                 return None
-            fills = True
         elif (keeping := adopt_layer(cache, attention.layer_idx)) is None:
             return None
 
@@ -143,7 +141,7 @@ def _run_layer(
             q, keys, values = _turn_heads(q, k, v, known, position_embeddings, norms, into)
             if keeping is not None:
                 keys, values = keeping.memory  # type: ignore[misc]
-            if fills:
+            elif cache is not None:  # one that begins, with gradients
                 cache.update(keys, values, attention.layer_idx)
         attended = attend(
             q,

@@ -100,7 +100,7 @@ class Ahead:
     """What layers return that the first one of a cache has computed, while the forward of their model runs.
 
     `arguments` are those of the layer that was called last. The layers after it must be called with the same, and with
-    the x that the layer before returned, which nobody has changed in place.
+    the x that the layer before returned, unmodified.
     """
 
     def __init__(self) -> None:
