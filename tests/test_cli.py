@@ -124,20 +124,23 @@ def test_an_interrupt_while_torch_is_imported(package: str, is_module: bool, tmp
     assert (ended.returncode, ended.stderr) == (130, "switchgear: interrupted\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_that_a_library_turns_into_another_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], interruptible: None
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], interruptible: None
 ) -> None:
+    before = signal.getsignal(number)
+
     def run(_: Any) -> int:
         try:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         except KeyboardInterrupt:
             raise ImportError("could not import") from None
         return 0
 
     monkeypatch.setattr(info, "run", run)
-    assert main(["info"]) == 130
+    assert main(["info"]) == 128 + number
     assert capsys.readouterr().err == "switchgear info: interrupted\n"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
 
 
 LONG = {

@@ -21,7 +21,8 @@ from switchgear_bench.competitors import Skip
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-WORKS = generate.list_works([generate.LONG_PROMPT])
+WORKS = generate.list_works([generate.LONG_PROMPT], [64])
+OF_FILE = generate.list_works([generate.LONG_PROMPT])
 SMALL = generate.Model(
     "", layers=2, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2, heads=2, vocabulary=96
 )
@@ -43,6 +44,10 @@ def test_decoders_agree(kind: str, tmp_path: Path) -> None:
         error = float((decoder.logits([5, 6, 7]) - expected).norm() / expected.norm())
         assert error <= (1.0 if name in generate.LOSSY else generate.TOLERANCE), name
         assert len(decoder.decode(1, 3)) == len(decoder.decode(1, 3, 2)) == 3
+        if name == "switchgear":
+            parts = decoder.time_parts(2)
+            assert min(parts.values()) > 0
+            assert parts["layers"] + parts["head"] < parts["all"]
 
 
 def test_implementations_of_one_model() -> None:
@@ -62,13 +67,16 @@ class Stand:
 
     def __init__(self, name: str, *_: Any) -> None:
         turns = [(9.0, 9.0, 5.0, [7])] * 4 + [(1.0, 1.0, 0.0, [7])] * 2
-        self.answers: list[Any] = [{name: torch.ones(4)}]
-        for turn in turns:
-            self.answers += [None, *(turn for _ in WORKS)]
-        self.connection = SimpleNamespace(send=lambda request: None)
+        self._turns, self._answer = iter(turns), {name: torch.ones(4)}  # type: Any, Any
+        self.connection = SimpleNamespace(send=self._send)
+
+    def _send(self, request: tuple[str, Any, int]) -> None:
+        if request[1] == generate.BEGIN:
+            self._turn = next(self._turns)
+        self._answer = {"layers": 0.5, "head": 0.25, "all": 1.0} if request[1] == generate.PARTS else self._turn
 
     def receive(self) -> Any:
-        return self.answers.pop(0)
+        return self._answer
 
     def close(self) -> None:
         pass
@@ -78,9 +86,10 @@ def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(generate, "Child", Stand)
     monkeypatch.setattr(generate, "wait_for_quiet", lambda longest: None)
     monkeypatch.setattr(generate, "read_bandwidth", lambda num_threads: 1e9)
-    for row in generate.measure(SMALL, "tiny", 1, 5, 1)["results"]:
+    for row in generate.measure(SMALL, "tiny", 1, 5, 1, WORKS)["results"]:
         assert set(row["tokens_per_second"].values()) == {1.0}
-        assert row["quiet_turns"] == 2 * len(WORKS)
+        assert row["quiet_turns"] == 2 * (len(WORKS) - (row["implementation"] not in generate.IN_TURNS))
+        assert ("parts" in row) == (row["implementation"] == "switchgear")
 
 
 def test_processes_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +111,7 @@ def test_processes_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]:
         opened.clear()
         monkeypatch.setattr(generate, "free_memory_bytes", lambda free=free: free)
-        case = generate.measure(path, "drawn", 1, 3, 1)
+        case = generate.measure(path, "drawn", 1, 3, 1, OF_FILE)
         assert opened == expected
         assert [row["implementation"] for row in case["results"]] == ["switchgear", "llama.cpp"]
         assert case["turns"] == turns
@@ -145,7 +154,7 @@ def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_table() -> None:
     row = {"error": 0.01, "of_read": 0.6, "same_tokens": 8, "quiet_turns": 3}
-    results = [row | {"implementation": name, "tokens_per_second": dict.fromkeys(WORKS, 10.0 * (i + 1))}
+    results = [row | {"implementation": name, "tokens_per_second": dict.fromkeys(OF_FILE, 10.0 * (i + 1))}
                for i, name in enumerate([generate.BASE, "switchgear"])]  # fmt: skip
     about = {"model": "a processor", "threads": 2, "isa": "avx2", "torch": "2.13"}
     text = generate.markdown({"machine": about, "cases": [{"model": "tiny", "tokens": 8, "results": results}]})

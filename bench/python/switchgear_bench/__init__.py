@@ -17,6 +17,7 @@ COMMANDS = {
     "adapters": "time LoRA on every expert, beside the frozen base, PEFT and formulas of torch",
     "offload": "decode with experts on the disk in 512 MiB of memory, beside other implementations",
     "generate": "time whole models in generate, beside transformers' default and llama.cpp",
+    "serve": "time servers with several clients at once, and compare answers, beside transformers' server",
     "parallel": "time experts distributed over processes of this machine",
     "compress": "measure loss, bytes and time of a trained model, compressed in each way",
     "quality": "train a small language model with five routers, and compare the losses",

@@ -22,11 +22,13 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import switchgear
+from switchgear import ops
 from switchgear._C import read_bandwidth
 from switchgear.analysis.models import MODELS as PUBLISHED
 from switchgear.cli import plan as plan_cli
@@ -57,7 +59,7 @@ LONG_PROMPT, SEQUENCES = 256, 8
 PROMPT, LENGTH = 16, 512  # tokens: whose logits are compared; of the longest text
 BASE = "transformers"
 IN_TURNS = BASE, "switchgear, experts", "switchgear"
-BEGIN = "begin"
+BEGIN, PARTS = "begin", "parts"
 # Root mean square. A layer rounds about 10 tensors to bfloat16, by 2^-9 of their size, and the roundings add up like a
 # random walk: 0.0125 for four layers. Experts chosen differently add to that.
 TOLERANCE = 0.05
@@ -77,10 +79,11 @@ class Model(NamedTuple):
     is_shared: bool = False  # by IN_TURNS: memory has no room for another
 
     @property
-    def bytes_read(self) -> int:
-        """By a token, of weights in bfloat16."""
+    def sizes(self) -> Sizes:
+        """Of weights in bfloat16, without whole and decoded."""
         of_layer = 4 * self.hidden_size + self.num_experts + 3 * self.top_k * self.intermediate_size
-        return 2 * self.hidden_size * (self.layers * of_layer + self.vocabulary)
+        head = 2 * self.hidden_size * self.vocabulary
+        return Sizes(0, 2 * self.hidden_size * self.layers * of_layer + head, 0, head)
 
 
 MODELS = {
@@ -175,6 +178,62 @@ class InTransformers(Decoder):
         tokens: list[int] = ids[0, 1:].tolist()
         return tokens
 
+    def train(self, count: int) -> float:
+        """The loss of a text, whose gradients are computed and dropped."""
+        ids = 1 + torch.arange(count)[None] % 1000
+        self._model.train()
+        with torch.enable_grad():
+            loss = self._model(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        self._model.zero_grad()
+        self._model.eval()
+        return loss.item()
+
+    def time_parts(self, count: int) -> dict[str, float]:
+        """Median seconds of a token: in the call of all layers, in the head, and in all."""
+        clock, run = _Clock(), ops.decoder_layers_on_host
+        head = self._model.get_output_embeddings()
+        hooks = [
+            head.register_forward_pre_hook(lambda *_: clock.begin()),
+            head.register_forward_hook(lambda *_: clock.end("head")),
+        ]
+
+        def run_layers(*args: Any) -> Any:
+            clock.begin()
+            results = run(*args)
+            clock.end("layers")
+            return results
+
+        prompt = torch.ones(1, 1, dtype=torch.long)
+        with patch.object(ops, "decoder_layers_on_host", run_layers):
+            self._model.generate(
+                prompt, attention_mask=prompt, max_new_tokens=count + 2, do_sample=False, streamer=clock
+            )
+        for hook in hooks:
+            hook.remove()
+        return {part: median(token.get(part, 0.0) for token in clock.tokens[2:]) for part in ("layers", "head", "all")}
+
+
+class _Clock:
+    """A streamer of transformers. tokens: seconds by part, of the prompt, of the first token, …"""
+
+    def __init__(self) -> None:
+        self.tokens: list[dict[str, float]] = []
+        self._parts: dict[str, float] = {}
+        self._last = self._began = perf_counter()
+
+    def begin(self) -> None:
+        self._began = perf_counter()
+
+    def end(self, part: str = "") -> None:
+        """Without a part: of the text."""
+        self._parts[part] = self._parts.get(part, 0.0) + perf_counter() - self._began
+
+    def put(self, value: object) -> None:
+        now = perf_counter()
+        self.tokens.append(self._parts | {"all": now - self._last})
+        self._parts, self._last = {}, now
+
 
 class InTurns(InTransformers):
     """One of several implementations of the same model."""
@@ -233,19 +292,22 @@ OF_FILES: dict[str, Callable[[Path, str, int], Decoder]] = {
 class Work(NamedTuple):
     """What is timed."""
 
-    kind: str  # "prefill" or "decode"
-    size: int  # tokens of the prompt, or texts
+    kind: str  # "prefill", "decode" or "train"
+    size: int  # tokens, or texts of "decode"
 
     def do(self, decoder: Decoder, count: int) -> tuple[int, Any]:
         """Its tokens, and an answer."""
         if self.kind == "prefill":
             return self.size, decoder.logits([1 + place % 1000 for place in range(self.size)])
+        if self.kind == "train":
+            return self.size, cast(InTransformers, decoder).train(self.size)
         return self.size * count, decoder.decode(1, count, self.size)
 
 
-def list_works(prompts: Sequence[int]) -> dict[str, Work]:
+def list_works(prompts: Sequence[int], trained: Sequence[int] = ()) -> dict[str, Work]:
     found = {f"prefill of {size}": Work("prefill", size) for size in prompts}
-    return found | {"decode": Work("decode", 1), f"decode of {SEQUENCES} texts": Work("decode", SEQUENCES)}
+    found |= {"decode": Work("decode", 1), f"decode of {SEQUENCES} texts": Work("decode", SEQUENCES)}
+    return found | {f"training of {size}": Work("train", size) for size in trained}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -279,6 +341,9 @@ def _serve(
         if work == BEGIN:
             decoders[name].begin()
             connection.send(("ok", None))
+            continue
+        if work == PARTS:
+            connection.send(("ok", cast(InTransformers, decoders[name]).time_parts(count)))
             continue
         before, start = busy_seconds_elsewhere(), perf_counter()
         num_tokens, answer = work.do(decoders[name], count)
@@ -340,10 +405,16 @@ class _Case:
             self.results.setdefault(maker, {"implementation": maker, "error": error})
         return child
 
+    def time_parts(self, child: Child, maker: str, count: int) -> None:
+        child.connection.send((maker, PARTS, count))
+        self.results[maker]["parts"] = child.receive()
+
     def time(self, child: Child, maker: str, works: Mapping[str, Work], count: int, *, is_timed: bool = True) -> None:
         child.connection.send((maker, BEGIN, 0))
         child.receive()
         for name, work in works.items():
+            if work.kind == "train" and maker not in IN_TURNS:
+                continue
             wait_for_quiet(1.0)
             child.connection.send((maker, work, count))
             each, seconds, busy, self.answers[maker, name] = child.receive()
@@ -352,16 +423,18 @@ class _Case:
 
 
 def measure(
-    model: Model | Path, name: str, count: int, turns: int, thread_count: int, prompts: Sequence[int] = (LONG_PROMPT,)
+    model: Model | Path, name: str, count: int, turns: int, thread_count: int, works: Mapping[str, Work]
 ) -> dict[str, Any]:
     """One model by all implementations. That of a file by transformers is not timed: it may fill the memory."""
     groups, turns, count, is_alone = plan(model, count, turns)
-    sizes = measure_sizes(model) if isinstance(model, Path) else Sizes(0, model.bytes_read, 0)
-    works, reads = list_works(prompts), []
+    sizes = measure_sizes(model) if isinstance(model, Path) else model.sizes
+    if isinstance(model, Model) and model.is_shared:  # memory has no room for its gradients
+        works = {name: work for name, work in works.items() if work.kind != "train"}
+    reads, longest = [], max(work.size for work in works.values())
     children: dict[tuple[str, ...], Child | None] = {}
     with ExitStack() as stack:
-        case = _Case(stack, model, name, max(LENGTH, *prompts), thread_count)
-        for _ in range(turns):
+        case = _Case(stack, model, name, max(LENGTH, longest), thread_count)
+        for turn in range(turns):
             reads.append(read_bandwidth(thread_count))
             for group in groups:
                 if is_new := group not in children:
@@ -374,6 +447,8 @@ def measure(
                     if is_new:
                         case.time(child, maker, works, WARM_TOKENS, is_timed=False)
                     case.time(child, maker, works, count)
+                    if maker == "switchgear" and turn == turns - 1:
+                        case.time_parts(child, maker, count)
                 if is_alone:
                     child.close()
                     del children[group]
@@ -382,11 +457,13 @@ def measure(
     for maker, row in case.results.items():
         tokens, expected = case.answers[maker, "decode"], case.answers[first, "decode"]
         row["same_tokens"] = next((i for i in range(count) if tokens[i] != expected[i]), count)
-        row["tokens_per_second"] = {work: 1 / median(counted(case.taken[maker, work])) for work in works}
-        row["quiet_turns"] = sum(is_quiet for work in works for _, is_quiet in case.taken[maker, work])
+        taken = {work: case.taken[maker, work] for work in works if (maker, work) in case.taken}
+        row["tokens_per_second"] = {work: 1 / median(counted(turns)) for work, turns in taken.items()}
+        row["quiet_turns"] = sum(is_quiet for turns in taken.values() for _, is_quiet in turns)
         if isinstance(model, Path) or maker not in LOSSY:
             row["of_read"] = row["tokens_per_second"]["decode"] * sizes.read / rate
-    about = {"model": name, "tokens": count, "turns": turns, "token_bytes": sizes.read, "read_rate": rate}
+    about = {"model": name, "tokens": count, "turns": turns, "token_bytes": sizes.read, "head_bytes": sizes.head,
+             "read_rate": rate}  # fmt: skip
     made: dict[str, Any] = rounded(about | {"results": list(case.results.values()), "skipped": case.skipped})
     return made
 
@@ -404,6 +481,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", type=positive, metavar="N", help="of that model (default: all)")
     add("--keep", metavar="DIR", help="folder for these files, which are used again (default: they are deleted)")
     add("--prompts", metavar="LIST", type=positives, default=(LONG_PROMPT,), help=f"lengths (default: {LONG_PROMPT})")
+    add("--train", metavar="LIST", type=positives, default=(), help="lengths of texts, whose gradients are computed")
     add_competitors_folder(parser)
     add_quick(parser, "a small model and few tokens")
     add_threads(parser)
@@ -427,6 +505,8 @@ def run(args: argparse.Namespace) -> int:
     about = begin(args, add_arguments)
     require("rich")
     require("transformers")
+    if args.train and (args.gguf or args.model):
+        raise CommandError("--train: expected without --gguf and --model, whose weights are stored")
     if args.source:
         results = read_json(args.source, "--from", SCHEMA)
     else:
@@ -434,7 +514,8 @@ def run(args: argparse.Namespace) -> int:
         names = choose("shapes", args.shapes or ("tiny" if args.quick else "tiny,olmoe"), MODELS)
         files = {path.name: path for path in args.gguf or ()}
         models = write_models(args) if args.model else iter((files or {name: MODELS[name] for name in names}).items())
-        cases = [measure(model, name, count, turns, args.threads, args.prompts) for name, model in models]
+        works = list_works(args.prompts, args.train)
+        cases = [measure(model, name, count, turns, args.threads, works) for name, model in models]
         results = {"schema": SCHEMA, "machine": about, "cases": cases}
     console().print(markdown(results))
     for case in results["cases"]:
@@ -444,7 +525,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    lines = []
+    lines, works = [], list(results["cases"][0]["results"][0]["tokens_per_second"])
     for case in results["cases"]:
         base = case["results"][0]["tokens_per_second"]
         for row in case["results"]:
@@ -453,11 +534,11 @@ def markdown(results: dict[str, Any]) -> str:
             speeds = {work: f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for work, rate in rates.items()}
             if "of_read" in row:
                 speeds["decode"] += f" ({row['of_read']:.0%})"
-            lines.append([case["model"], row["implementation"], *speeds.values(),
+            lines.append([case["model"], row["implementation"], *(speeds.get(work, "") for work in works),
                           f"{rates['decode'] / base['decode']:.2f}", error,
                           f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
-    works = [f"{work}, tokens/s" for work in results["cases"][0]["results"][0]["tokens_per_second"]]
-    header = ["model", "implementation", *works, "decode / first row", "logits differ by", "same tokens"]
+    rates = [f"{work}, tokens/s" for work in works]
+    header = ["model", "implementation", *rates, "decode / first row", "logits differ by", "same tokens"]
     about = results["machine"]
     note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}."
     if any("of_read" in row for case in results["cases"] for row in case["results"]):
@@ -469,4 +550,24 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     if reads:
         note += f" A token reads, and a plain read has: {'; '.join(reads)}."
-    return f"{markdown_table(header, lines, left=(0, 1))}\n{note}\n"
+    return f"{markdown_table(header, lines, left=(0, 1))}\n{note}\n{_parts_table(results['cases'])}"
+
+
+def _parts_table(cases: list[dict[str, Any]]) -> str:
+    """Of a token of one text; "" if nothing was timed."""
+    lines = []
+    for case in cases:
+        for row in case["results"]:
+            if parts := row.get("parts"):
+                read = case["token_bytes"] - case["head_bytes"], case["head_bytes"]
+                both = zip(read, (parts["layers"], parts["head"]), strict=True)
+                cells = [f"{1e3 * t:.1f}: {size / 1e9:.3g} GB, {size / t / case['read_rate']:.0%}" for size, t in both]
+                rest = parts["all"] - parts["layers"] - parts["head"]
+                lines.append([case["model"], *cells, f"{1e3 * rest:.1f}, {rest / parts['all']:.0%}"])
+    header = [
+        "a token, ms",
+        "layers: weights, of a plain read",
+        "head: weights, of a plain read",
+        "all else, of the token",
+    ]
+    return f"\n{markdown_table(header, lines, left=(0,))}" if lines else ""

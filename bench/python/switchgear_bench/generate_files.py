@@ -57,11 +57,12 @@ def _count_columns(type: str) -> int:
 
 
 class Sizes(NamedTuple):
-    """Of a file. whole: bytes of all weights; read: of those that a token reads; decoded: of all in bfloat16."""
+    """Bytes. whole: of all weights; read: of those that a token reads; decoded: of all in bfloat16; head: of it."""
 
     whole: int
     read: int
     decoded: int
+    head: int
 
 
 def measure_sizes(path: Path) -> Sizes:
@@ -74,7 +75,7 @@ def measure_sizes(path: Path) -> Sizes:
     if HEAD in read:
         del read[EMBEDDING]
     decoded = 2 * sum(math.prod(tensor.shape) for tensor in file.tensors.values())
-    return Sizes(sum(sizes.values()), round(sum(read.values())), decoded)
+    return Sizes(sum(sizes.values()), round(sum(read.values())), decoded, sizes[HEAD if HEAD in sizes else EMBEDDING])
 
 
 def read_through(path: Path) -> None:

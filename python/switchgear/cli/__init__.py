@@ -119,9 +119,9 @@ class Program:
         except ImportError as error:
             print(f"{program}: {failed_import(error)}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             print(f"{program}: interrupted", file=sys.stderr)
-            return 130
+            return 128 + (error.args[0] if isinstance(error, _Interrupt) else signal.SIGINT)
         except BrokenPipeError:  # the reader of the output has ended, as in `switchgear info | head -3`
             _end_output()
             return 141
@@ -161,28 +161,34 @@ def _run_bench(arguments: list[str]) -> int:
     return switchgear_bench.main(arguments, "switchgear")
 
 
+class _Interrupt(KeyboardInterrupt):
+    """By a signal, which is its argument."""
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raises KeyboardInterrupt for whatever error a library has made of it, such as "could not import"."""
-    interrupts = []
+    """Ctrl-C, and the signal by which a program is asked to end, raise _Interrupt, so that what a command has begun is
+    undone; also for whatever error a library has made of it, such as "could not import"."""
+    interrupts: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
-        raise KeyboardInterrupt
+        raise _Interrupt(number)
 
-    before = signal.getsignal(signal.SIGINT)
-    is_default = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    befores = {}
+    if threading.current_thread() is threading.main_thread():
+        for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) is default:
+                befores[number] = signal.signal(number, interrupt)
     try:
-        if is_default:
-            signal.signal(signal.SIGINT, interrupt)
         yield
     except Exception as error:
         if interrupts:
-            raise KeyboardInterrupt from error
+            raise _Interrupt(interrupts[0]) from error
         raise
     finally:
-        if is_default:
-            signal.signal(signal.SIGINT, before)
+        for number, before in befores.items():
+            signal.signal(number, before)
 
 
 def _open_closed() -> None:

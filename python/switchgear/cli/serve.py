@@ -18,7 +18,7 @@ from .checkpoint import DTYPES, TINY, find_folder, load_model
 from .common import CommandError, positive, require, settings, size
 from .store import add_forms
 
-_PACKAGES = ("transformers", "fastapi", "uvicorn", "openai")
+PACKAGES = ("transformers", "fastapi", "uvicorn", "openai")
 _OF_CONFIG = DTYPES[0]  # auto
 
 
@@ -59,7 +59,7 @@ _TAKEN = ("self", "force_model", "host", "port", "dtype", "device", "non_blockin
 def start(args: argparse.Namespace, **options: Any) -> Any:
     """Transformers' server, with options of its own. It returns when the server has ended, or, with non_blocking=True,
     at once. CommandError for a model that cannot be loaded and for options that the server does not have."""
-    for package in _PACKAGES:
+    for package in PACKAGES:
         require(package)
     from transformers.cli import serve
     from transformers.cli.serving import model_manager
