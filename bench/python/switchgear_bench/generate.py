@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`switchgear bench generate`: greedy decoding of whole models by `generate`, beside transformers and llama.cpp.
 
-Each implementation has a process of its own, with the same random weights; those of a model at true size share one, and
-its weights. They work in turns: a long prompt; then one token as the prompt of a text, or of several, and a token at a
+The implementations have the same random weights: those in transformers one process and one model, the others a process
+each. They work in turns: a long prompt; then one token as the prompt of a text, or of several, and a token at a
 time. Before that, logits of a prompt are compared with transformers' own in the same dtype, and afterwards the tokens.
 A GGUF file is run as it is, and its logits are compared with transformers' for the decoded weights if memory has room
 for them. If it has no room for two implementations of a file, each turn has a process of its own, which loads the file.
@@ -51,7 +51,7 @@ SCHEMA = "switchgear-bench-generate/2"
 GGUF_TOLERANCE = 0.25  # logits of random weights of 2 to 8 bits, by activations of 8 bits
 TOKENS, TURNS = 64, 7
 QUICK_TOKENS, QUICK_TURNS = 8, 3
-SHARED_TURNS = 3  # of a large model: of up to a minute and a half
+LARGE_TURNS = 3  # of a large model: of up to a minute and a half
 LARGE = 2 << 30  # bytes of a file
 ALONE_TOKENS, ALONE_TURNS = 32, 2  # of minutes
 WARM_TOKENS = 2  # of a new process
@@ -76,7 +76,7 @@ class Model(NamedTuple):
     top_k: int
     heads: int
     vocabulary: int
-    is_shared: bool = False  # by IN_TURNS: memory has no room for another
+    is_large: bool = False  # memory has no room for another, nor for gradients
 
     @property
     def sizes(self) -> Sizes:
@@ -89,7 +89,7 @@ class Model(NamedTuple):
 MODELS = {
     "tiny": Model("fits in the cache", 4, 256, 128, 8, 2, 4, 1024),
     "olmoe": Model("four of the sixteen layers of OLMoE-1B-7B", 4, 2048, 1024, 64, 8, 16, 50304),
-    "olmoe-whole": Model("all sixteen: 14 GB", 16, 2048, 1024, 64, 8, 16, 50304, is_shared=True),
+    "olmoe-whole": Model("all sixteen: 14 GB", 16, 2048, 1024, 64, 8, 16, 50304, is_large=True),
 }
 
 
@@ -257,26 +257,15 @@ def build_in_turns(model: Model) -> dict[str, Decoder]:
     return {name: InTurns(built, whole, undo) for name, whole in zip(IN_TURNS, (None, False, True), strict=True)}
 
 
-def _accelerate(model: Any, form: str = "plain", whole_layers: bool = False) -> None:
-    """ "plain" moves all weights to huge pages."""
-    switchgear.accelerate(model, whole_layers=whole_layers)
-    if form == "plain":
-        switchgear.store(model, form)
-    else:
-        switchgear.store(model, form, linears=form, skip=["gate"])
+def _store(model: Any, form: str) -> None:
+    switchgear.accelerate(model, whole_layers=True)
+    switchgear.store(model, form, linears=form, skip=["gate"])
 
 
 MAKERS: dict[str, Callable[[Model, str, int], Decoder]] = {
-    BASE: lambda model, folder, length: InTransformers(build(model)),
-    "switchgear, experts": lambda model, folder, length: InTransformers(build(model), _accelerate),
-    "switchgear": lambda model, folder, length: InTransformers(build(model), partial(_accelerate, whole_layers=True)),
     "llama.cpp": partial(_write_for_llama, kind="bf16"),
-    "switchgear, int4": lambda model, folder, length: InTransformers(
-        build(model), partial(_accelerate, form="int4", whole_layers=True)
-    ),
-    "switchgear, Q4_0": lambda model, folder, length: InTransformers(
-        build(model), partial(_accelerate, form="q4_0", whole_layers=True)
-    ),
+    "switchgear, int4": lambda model, folder, length: InTransformers(build(model), partial(_store, form="int4")),
+    "switchgear, Q4_0": lambda model, folder, length: InTransformers(build(model), partial(_store, form="q4_0")),
     "llama.cpp, Q4_0": partial(_write_for_llama, kind="q4_0"),
 }
 LOSSY = {"switchgear, int4", "switchgear, Q4_0", "llama.cpp, Q4_0"}
@@ -313,8 +302,13 @@ def list_works(prompts: Sequence[int], trained: Sequence[int] = ()) -> dict[str,
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def makers_of(model: Model | Path) -> Mapping[str, Callable[[Any, str, int], Decoder]]:
-    return OF_FILES if isinstance(model, Path) else MAKERS
+def open_decoders(names: tuple[str, ...], model: Model | Path, folder: str, length: int) -> dict[str, Decoder]:
+    """Skip if a package is missing."""
+    if isinstance(model, Path):
+        return {name: OF_FILES[name](model, folder, length) for name in names}
+    if names == IN_TURNS:
+        return build_in_turns(model)
+    return {name: MAKERS[name](model, folder, length) for name in names}
 
 
 def _serve(
@@ -323,10 +317,7 @@ def _serve(
     """Sends logits by implementation, or why there are none; then takes (implementation, work, tokens)."""
     torch.set_num_threads(thread_count)
     try:
-        if len(names) > 1:
-            decoders = build_in_turns(cast(Model, model))
-        else:
-            decoders = {name: makers_of(model)[name](model, folder, length) for name in names}
+        decoders = open_decoders(names, model, folder, length)
     except Skip as reason:
         connection.send(("ok", reason.args[0]))
         return
@@ -362,15 +353,17 @@ class Plan(NamedTuple):
 
 def plan(model: Model | Path, count: int, turns: int) -> Plan:
     """A file's decoded weights are left out if memory has no room for them."""
-    groups: list[tuple[str, ...]] = [(maker,) for maker in makers_of(model)]
     if isinstance(model, Model):
-        return Plan([IN_TURNS], min(turns, SHARED_TURNS), count) if model.is_shared else Plan(groups, turns, count)
+        if model.is_large:
+            return Plan([IN_TURNS], min(turns, LARGE_TURNS), count)
+        return Plan([IN_TURNS, *((maker,) for maker in MAKERS)], turns, count)
+    groups: list[tuple[str, ...]] = [(maker,) for maker in OF_FILES]
     free, sizes = free_memory_bytes() or 0, measure_sizes(model)
     if sizes.whole + sizes.decoded > 0.9 * free:
         groups.remove((BASE,))
     if 2 * sizes.whole > free:  # llama.cpp may keep weights in another order
         return Plan(groups, ALONE_TURNS, min(count, ALONE_TOKENS), is_alone=True)
-    return Plan(groups, min(turns, SHARED_TURNS) if sizes.whole > LARGE else turns, count)
+    return Plan(groups, min(turns, LARGE_TURNS) if sizes.whole > LARGE else turns, count)
 
 
 class _Case:
@@ -428,7 +421,7 @@ def measure(
     """One model by all implementations. That of a file by transformers is not timed: it may fill the memory."""
     groups, turns, count, is_alone = plan(model, count, turns)
     sizes = measure_sizes(model) if isinstance(model, Path) else model.sizes
-    if isinstance(model, Model) and model.is_shared:  # memory has no room for its gradients
+    if isinstance(model, Model) and model.is_large:
         works = {name: work for name, work in works.items() if work.kind != "train"}
     reads, longest = [], max(work.size for work in works.values())
     children: dict[tuple[str, ...], Child | None] = {}
@@ -525,7 +518,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    lines, works = [], list(results["cases"][0]["results"][0]["tokens_per_second"])
+    lines, works = [], list(dict.fromkeys(
+        work for case in results["cases"] for row in case["results"] for work in row["tokens_per_second"]
+    ))  # fmt: skip
     for case in results["cases"]:
         base = case["results"][0]["tokens_per_second"]
         for row in case["results"]:
