@@ -187,7 +187,7 @@ class InTransformers(Decoder):
             loss.backward()
         self._model.zero_grad()
         self._model.eval()
-        return loss.item()
+        return float(loss)
 
     def time_parts(self, count: int) -> dict[str, float]:
         """Median seconds of a token: in the call of all layers, in the head, and in all."""
