@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import switchgear
-from switchgear import ops
+from switchgear import _C, ops
 from switchgear.cli import doctor, machine, main
 
 
@@ -21,6 +21,46 @@ def test_every_instruction_set_is_ok() -> None:
     assert [finding.subject for finding in found] == [f"CPU, {isa}" for isa in switchgear.available_cpu_isas()]
     assert {finding.verdict for finding in found} == {"ok"}
     assert switchgear.cpu_isa() == before
+
+
+ISAS = ["generic", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "isa"),
+    [
+        ("AuthenticAMD", 25, 17, "avx512bf16"),
+        ("AuthenticAMD", 26, 2, "avx512bf16"),
+        ("GenuineIntel", 6, 143, "avx512vnni"),
+        ("GenuineIntel", 6, 207, "avx512vnni"),
+        ("GenuineIntel", 6, 85, "avx512bf16"),  # not listed
+        ("AuthenticAMD", 6, 143, "avx512bf16"),
+        ("", 0, 0, "avx512bf16"),
+    ],
+)
+def test_the_processor_chooses_the_instruction_set(vendor: str, family: int, model: int, isa: str) -> None:
+    rate = _C.bf16_rate(vendor, family, model)
+    assert _C.best_cpu_isa(ISAS[:-1], rate) == isa
+    for last in (1, 4, 6):  # only avx512bf16 is passed over
+        assert _C.best_cpu_isa(ISAS[:last], rate) == ISAS[last - 1]
+    assert _C.best_cpu_isa(ISAS[:-1], 1.0) == "avx512vnni"
+
+
+@pytest.mark.parametrize(
+    ("rate", "model", "isas", "remedy"),
+    [
+        (0.5, 143, ISAS[:-1], ""),
+        (0.6, 143, ISAS[:-1], ""),
+        (2.0, 143, ISAS[:-1], "SWITCHGEAR_CPU_ISA=avx512bf16"),
+        (0.9, 85, ISAS[:-1], "SWITCHGEAR_CPU_ISA=avx512vnni"),
+        (1.1, 85, ISAS[:-1], ""),  # wrong, but on the same side
+        (2.0, 143, ISAS, ""),  # bfloat16 is multiplied by tiles
+    ],
+)
+def test_a_wrong_rate_of_the_table(rate: float, model: int, isas: list[str], remedy: str) -> None:
+    found = doctor.examine_bf16_rate(rate, ("GenuineIntel", 6, model), isas)
+    assert found.verdict == ("slow" if remedy else "ok")
+    assert remedy in found.remedy
 
 
 def test_wrong_results_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,19 @@ void define_module(py::module_& m) {
   m.def("available_cpu_isas", &available_cpu_isas, "ISAs that were built and that this machine runs, best last.");
   m.def("cpu_isa", &cpu_isa, "The ISA in use.");
   m.def("set_cpu_isa", &set_cpu_isa, "Sets the ISA to use; ValueError for one that is not available.", "isa"_a);
+  m.def(
+      "processor",
+      [] {
+        const Processor processor = this_processor();
+        return py::make_tuple(processor.vendor, processor.family, processor.model);
+      },
+      "(vendor, family, model) that cpuid gives; ('', 0, 0) on other architectures.");
+  m.def(
+      "bf16_rate", [](const std::string& vendor, int family, int model) { return bf16_rate({vendor, family, model}); },
+      "Multiply-adds of bfloat16 by vdpbf16ps over those of float32, by a table; 2 for a processor that is not listed.",
+      "vendor"_a, "family"_a, "model"_a);
+  m.def("best_cpu_isa", &best_cpu_isa, "The last of `isas`, without avx512bf16 where bf16_rate is at most 1.", "isas"_a,
+        "bf16_rate"_a);
   m.def("build_info", &build_info, "How the module was built: compiler, flags, isas, openmp, cuda.");
   define_reader(m);
   define_measurements(m);

@@ -33,11 +33,23 @@ void register_backend(const Backend& backend);
 
 // ISAs of the CPU backend, best last: "generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx" on x86-64, and
 // "generic", "neon", "neondot" on Arm. Those with VNNI or dots differ from their predecessor only for quantised weights.
-// `available` ISAs are built and supported by this machine. The best one is the default; SWITCHGEAR_CPU_ISA, read at first
+// `available` ISAs are built and supported by this machine. best_cpu_isa is the default; SWITCHGEAR_CPU_ISA, read at first
 // use, selects another, and set_cpu_isa changes it later.
 std::vector<std::string> available_cpu_isas();
 std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);  // ValueError if not available
+
+// What cpuid says, e.g. {"GenuineIntel", 6, 143}; empty on other architectures.
+struct Processor {
+  std::string vendor;
+  int family = 0, model = 0;
+};
+Processor this_processor();
+// Multiply-adds of bfloat16 by vdpbf16ps over those of float32, by a table of processors: nothing is timed, so the default ISA
+// and the bits of results depend on the processor alone. 2 for one that is not listed.
+double bf16_rate(const Processor& processor);
+// The last of `isas`, without avx512bf16 where bf16_rate is at most 1.
+std::string best_cpu_isa(const std::vector<std::string>& isas, double rate);
 
 // In libraries with CUDA kernels. "auto": the kernels of the device's generation; "sm_80": those of sm_80 on every device.
 // SWITCHGEAR_CUDA_KERNELS, read at first use, selects one. Not to be changed while an op is being queued.

@@ -76,7 +76,8 @@ TEST(ops_run_on_the_backend_of_their_tensors) {
 TEST(the_environment_chooses_the_isa) {
   const char* const variable = std::getenv("SWITCHGEAR_CPU_ISA");
   const std::vector<std::string> isas = available_cpu_isas();
-  const std::string chosen = variable != nullptr && *variable != '\0' ? variable : isas.back();
+  const bool is_forced = variable != nullptr && *variable != '\0';
+  const std::string chosen = is_forced ? variable : best_cpu_isa(isas, bf16_rate(this_processor()));
   CHECK(cpu_isa() == chosen, cpu_isa());
   for (const std::string& isa : isas) {
     set_cpu_isa(isa);

@@ -30,6 +30,7 @@ ALLOCATOR = " ".join(f"{name}={value}" for name, value in machine.TUNED_ALLOCATO
 CASE = testing.Case("doctor", num_tokens=37, top_k=2, num_experts=8, hidden_size=72, intermediate_size=40)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_SHARE = 0.7  # 0.85 to 1 on the processors measured (docs/performance.md)
+RATE_TOLERANCE = 0.25  # of the table of bfloat16's rates
 OPTIONS = GluOptions()
 
 
@@ -119,14 +120,29 @@ def examine_cpu() -> Iterator[Finding]:
         for isa in available:
             ops.set_cpu_isa(isa)
             yield _compare(f"CPU, {isa}", "cpu", "in use" if isa == chosen else "available")
+        if "avx512bf16" in available:
+            ops.set_cpu_isa("avx512bf16")
+            rate = _C.fma_rate("bfloat16", 1) / _C.fma_rate("float32", 1)
+            yield examine_bf16_rate(rate, _C.processor(), available)
     finally:
         ops.set_cpu_isa(chosen)
-    if chosen != available[-1]:
+    best = _C.best_cpu_isa(available, _C.bf16_rate(*_C.processor()))
+    if chosen != best:
         remedy = "unset SWITCHGEAR_CPU_ISA, or call switchgear.set_cpu_isa"
-        yield Finding("instruction set", "slow", f"{chosen} is in use, {available[-1]} runs here", remedy)
+        yield Finding("instruction set", "slow", f"{chosen} is in use, {best} is the default here", remedy)
     missing = [isa for isa in ("avx2", "avx512", "avx512bf16", "amx") if isa not in _C.build_info()["isas"]]
     if missing and "avx2" in available:
         yield Finding("instruction set", "slow", f"built without {', '.join(missing)}", "build with a newer compiler")
+
+
+def examine_bf16_rate(rate: float, processor: tuple[str, int, int], available: list[str]) -> Finding:
+    """Whether the measured rate contradicts the table that chooses the instruction set. The choice itself is never timed."""
+    listed = _C.bf16_rate(*processor)
+    chosen, better = (_C.best_cpu_isa(available, of) for of in (listed, rate))
+    text = f"vdpbf16ps has {rate:.2f} times the multiply-adds of float32, {listed:g} times in the table of processors"
+    if chosen == better or abs(rate / listed - 1) <= RATE_TOLERANCE:
+        return Finding("bfloat16", "ok", text)
+    return Finding("bfloat16", "slow", text, f"set SWITCHGEAR_CPU_ISA={better}, and report {processor}")
 
 
 def examine_cuda() -> Iterator[Finding]:

@@ -44,8 +44,11 @@ def _describe_cuda() -> dict[str, Any]:
 
 
 def collect() -> dict[str, Any]:
+    processor = _C.processor()
     cpu_backend: dict[str, Any] = {
         "isas_available": _C.available_cpu_isas(),
+        "processor": processor,
+        "bf16_rate": _C.bf16_rate(*processor),
         "isa": _C.cpu_isa(),
         "build": dict(_C.build_info()),
     }
@@ -86,6 +89,8 @@ def _list_rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     build = {key: value for key, value in cpu_backend["build"].items() if key not in ("compiler", "cuda")}
     native = [("native CPU", cpu_backend["isa"] + (" (SWITCHGEAR_CPU_ISA)" if forced else ""))]
     native += [("ISAs that run here", ", ".join(cpu_backend["isas_available"]))]
+    if "avx512bf16" in cpu_backend["isas_available"]:
+        native += [("vdpbf16ps", f"{cpu_backend['bf16_rate']:g} times the multiply-adds of float32, by processor")]
     native += [(f"build: {key}", _format(value)) for key, value in build.items()]
     if cuda_backend["available"]:
         names = ", ".join(str(device.get("name", device)) for device in cuda_backend["devices"])
