@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import switchgear
 from switchgear import offload
 from switchgear.adapters import add_lora
 from switchgear.cli.common import require
@@ -82,6 +83,7 @@ def run(task: Task) -> dict[str, Any]:
         if task.steps:
             found["training"] = train(model, task, store)
         else:
+            switchgear.accelerate(model, whole_layers=True)
             found["results"] = decode_all(model, cache, foreseen, task, store)
         cache.close(restore=False)
     return found | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}

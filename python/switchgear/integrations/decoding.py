@@ -38,7 +38,7 @@ from switchgear.integrations.forwards import (
     replace_forward,
     runs_own_forward,
 )
-from switchgear.integrations.layer_calls import Ahead, LayerCall
+from switchgear.integrations.layer_calls import Ahead, LayerCall, read_window
 from switchgear.integrations.layer_classes import LayerClass, find_class, find_layer_class
 from switchgear.integrations.layer_trials import divides_by_root_mean_square, find_difference, find_form
 from switchgear.integrations.whole_blocks import find_operands, run_block
@@ -201,17 +201,19 @@ def _repeat_call(
         return None
     if (seen := _read_mask(attention, mask, position_ids, x, cache)) is None:
         return None
-    run = [keeping]
+    run, windows = [keeping], [seen.window]
     ahead: Any = getattr(cache, "ahead", None)
     if x.shape[1] == 1 and ahead is not None and not torch.is_inference_mode_enabled():
-        run += _find_followers(layers[index + 1 :], keeping, mask)
-    count, length, window = x.shape[1], keeping.length + x.shape[1], seen.window or 0
+        for follower, foreseen in _find_followers(layers[index + 1 :], keeping, seen, ahead, x, cache):
+            run.append(follower)
+            windows.append(foreseen.window)
+    count, length, pairs = x.shape[1], keeping.length + x.shape[1], known.rotation.count(angles[0])
     results = ops.decoder_layers_on_host(
         x,
         angles,
         seen.starts,
         [each.call.list_arguments() for each in run],
-        tuple(each.call.list_options(known.rotation.count(angles[0]), length, window) for each in run),
+        tuple(each.call.list_options(pairs, length, window or 0) for each, window in zip(run, windows, strict=True)),
         [each.lengthen(count) for each in run],
     )
     for follower, taken, y in zip(run[1:], results, results[1:], strict=False):
@@ -220,24 +222,31 @@ def _repeat_call(
     return results[0]
 
 
-def _find_followers(layers: list[Any], first: GrowingLayer, mask: Tensor | None) -> list[GrowingLayer]:
-    """The next layers of a cache, up to one that has no call, or another mask, or that hooks come before."""
-    before, found = first.call, []
-    window = getattr(before.attention, "sliding_window", None)
+def _find_followers(
+    layers: list[Any], first: GrowingLayer, seen: Mask, ahead: Ahead, x: Tensor, cache: Any
+) -> Iterator[tuple[GrowingLayer, Mask]]:
+    """The next layers of a cache, with what they see, up to one that has no call, or whose mask is not known yet, or
+    that hooks come before."""
+    before, masks = first.call, {read_window(first.call.attention): seen}
     for keeping in layers:
         if has_hooks(before.layer) or type(keeping) is not GrowingLayer or keeping.length != first.length:
-            break
+            return
         if not (call := keeping.call) or not call.follows or keeping.memory is None or call.dtype is not before.dtype:
-            break
+            return
         if call.config is not before.config or call.attention.config is not before.attention.config:
-            break
-        if mask is not None and getattr(call.attention, "sliding_window", None) != window:
-            break
+            return
+        if (window := read_window(call.attention)) not in masks:
+            arguments = ahead.foresee(window, read_window(first.call.attention))
+            if arguments is None:
+                return
+            mask = _read_mask(call.attention, arguments.get("attention_mask"), arguments.get("position_ids"), x, cache)
+            if mask is None or mask.starts is not seen.starts:
+                return
+            masks[window] = mask
         if has_hooks(call.layer) or not call.snapshot.is_current():
-            break
-        found.append(keeping)
+            return
+        yield keeping, masks[window]
         before = call
-    return found
 
 
 _NO_NORMS = ((None, 1e-6), (None, 1e-6))
@@ -396,30 +405,28 @@ class Mask(NamedTuple):
     window: int | None
 
 
-_last: tuple[Any, tuple[Any, Mask | None] | None] = (lambda: None, None)  # the layers of a model share a mask
+_masks: dict[int | None, tuple[Any, Any, Mask | None]] = {}  # by window: the last one, which layers share
 
 
 def _read_mask(
     attention: Any, mask: Tensor | None, position_ids: Tensor | None, hidden_states: Tensor, cache: Any
 ) -> Mask | None:
     """The meaning of a mask, or None if it is another one."""
-    global _last
     if attention.config._attn_implementation not in ("sdpa", "eager"):
         return None
     if mask is None:  # sdpa's is causal without a window, eager attention sees all
         return Mask(None, None) if attention.config._attn_implementation == "sdpa" else None
-    window = getattr(attention, "sliding_window", None)
+    window = read_window(attention)
     if type(mask) is not Tensor or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != hidden_states.shape[1]:
         return None
-    key = window, mask.shape, None if mask.is_inference() else mask._version  # it may be written to
-    kept, found = _last
-    if kept() is not mask or found is None or found[0] != key:
+    key = mask.shape, None if mask.is_inference() else mask._version  # it may be written to
+    kept, known, meaning = _masks.get(window, (lambda: None, None, None))
+    if kept() is not mask or known != key:
         meaning = _find_mask(mask, position_ids, window)
         if meaning is None and window is not None:  # layers without a window may have its length
             meaning = _find_mask(mask, position_ids, None)
-        found = key, meaning
-        _last = weakref.ref(mask), found
-    return found[1]
+        _masks[window] = weakref.ref(mask), key, meaning
+    return meaning
 
 
 def _find_mask(mask: Tensor, position_ids: Tensor | None, window: int | None) -> Mask | None:

@@ -99,12 +99,12 @@ class LayerCall:
 class Ahead:
     """What layers return that the first one of a cache has computed, while the forward of their model runs.
 
-    `arguments` are those of the layer that was called last. The layers after it must be called with the same, and with
-    the x that the layer before returned, unmodified.
+    `arguments` are those of the last layer with a window that computed its own results. Layers that were computed ahead
+    must be called with the same as that of their window, and with the x that the layer before returned, unmodified.
     """
 
     def __init__(self) -> None:
-        self.arguments: dict[str, Any] = {}
+        self.arguments: dict[int | None, dict[str, Any]] = {}
         self._results: dict[nn.Module, tuple[Tensor, int, Tensor, LayerCall, Any]] = {}
 
     def put(self, x: Tensor, y: Tensor, call: LayerCall, keeping: Any) -> None:
@@ -112,16 +112,33 @@ class Ahead:
         self._results[call.layer] = x, x._version, y, call, keeping
         call.follows = False
 
+    def foresee(self, window: int | None, of: int | None) -> dict[str, Any] | None:
+        """The arguments of the next layer with a window: those of `of`, but for the mask. None if its mask is not
+        known."""
+        own = self.arguments[of]
+        if own.get("attention_mask") is None:
+            return self.arguments.setdefault(window, own)
+        if (arguments := self.arguments.get(window)) is None:
+            return None
+        mask = {"attention_mask": own["attention_mask"]}
+        return arguments if _are_same(arguments | mask, own) else None
+
     def take(self, layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor | None:
         """What the layer returns for x, now with its tokens counted; else None."""
+        window = read_window(layer._modules["self_attn"])
         if (found := self._results.pop(layer, None)) is not None:
             of, version, y, call, keeping = found
-            if x is of and x._version == version and _are_same(arguments, self.arguments):
+            if x is of and x._version == version and _are_same(arguments, self.arguments.get(window, {})):
                 keeping.length += x.shape[1]
                 call.follows = True
                 return y
-        self.arguments = arguments
+        self.arguments[window] = arguments
         return None
+
+
+def read_window(attention: Any) -> int | None:
+    """How many tokens an attention sees, if not all."""
+    return getattr(attention, "sliding_window", None)
 
 
 def _are_same(a: dict[str, Any], b: dict[str, Any]) -> bool:
