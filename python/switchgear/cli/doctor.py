@@ -136,7 +136,7 @@ def examine_cpu() -> Iterator[Finding]:
 
 
 def examine_bf16_rate(rate: float, processor: tuple[str, int, int], available: list[str]) -> Finding:
-    """Whether the measured rate contradicts the table that chooses the instruction set. The choice itself is never timed."""
+    """Whether the measured rate contradicts the table that chooses the instruction set: no timing does."""
     listed = _C.bf16_rate(*processor)
     chosen, better = (_C.best_cpu_isa(available, of) for of in (listed, rate))
     text = f"vdpbf16ps has {rate:.2f} times the multiply-adds of float32, {listed:g} times in the table of processors"
