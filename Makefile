@@ -9,6 +9,7 @@
 # make test-slow                     the slow tests; KIND=python, KIND=cpp: one of the two
 #   KIND=mutants                     edit the CPU kernels in hundreds of small ways; the C++ tests must detect 90 % (MUTANTS_ARGS=…)
 # make bench                         time MoE layers at the shapes of real models (BENCH_ARGS='routers …': other benchmarks)
+#   KIND=processor NAME=avx512bf16-zen5   the results of all of a processor's tables, in bench/results (BENCH_ARGS=--quick)
 #   KIND=cpp                         time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                          formatting, lint, types, stubs
 # make format                        reformat the sources for lint
@@ -138,6 +139,17 @@ define bench.cpp
 $(call build_preset,cpu)
 @ls build/cpu/bench/bench_moe >/dev/null 2>&1 || { echo "Google Benchmark was not found: install libbenchmark-dev"; exit 1; }
 for program in build/cpu/bench/bench_*; do [ ! -x $$program ] || $$program $(BENCH_ARGS) || exit 1; done
+endef
+
+# The results of a processor's tables.
+define bench.processor
+$(if $(NAME),,$(error NAME: expected the name of the results, such as avx512bf16-zen5))
+$(BIN)/switchgear bench layers --competitors $(BENCH_ARGS) --json bench/results/cpu-$(NAME).json
+$(BIN)/switchgear bench linears $(BENCH_ARGS) --json bench/results/linears-$(NAME).json
+$(BIN)/switchgear bench generate --train 512 --prompts 512 $(BENCH_ARGS) --json bench/results/generate-$(NAME).json
+$(BIN)/switchgear bench generate --model olmoe --prompts 32,2048 $(BENCH_ARGS) \
+  --json bench/results/generate-gguf-$(NAME).json
+$(BIN)/switchgear bench serve $(BENCH_ARGS) --json bench/results/serve-$(NAME).json
 endef
 
 bench: $(if $(filter cpp,$(KIND)),$(build_tools),$(INSTALLED)bench)

@@ -2,8 +2,8 @@
 """`switchgear bench generate`: greedy decoding of whole models by `generate`, beside transformers and llama.cpp.
 
 The implementations have the same random weights: those in transformers one process and one model, the others a process
-each. They work in turns: a long prompt; then one token as the prompt of a text, or of several, and a token at a
-time. Before that, logits of a prompt are compared with transformers' own in the same dtype, and afterwards the tokens.
+each. They work in turns: a long prompt; then one token as the prompt of a text, or of several, and a token at a time.
+Before that, logits of a prompt are compared with transformers' own in the same dtype.
 A GGUF file is run as it is, and its logits are compared with transformers' for the decoded weights if memory has room
 for them. If it has no room for two implementations of a file, each turn has a process of its own, which loads the file.
 `--model` writes the file of a published model with drawn weights (generate_files.py).
@@ -178,16 +178,14 @@ class InTransformers(Decoder):
         tokens: list[int] = ids[0, 1:].tolist()
         return tokens
 
-    def train(self, count: int) -> float:
-        """The loss of a text, whose gradients are computed and dropped."""
+    def train(self, count: int) -> None:
+        """Computes and drops the gradients of a text's loss."""
         ids = 1 + torch.arange(count)[None] % 1000
         self._model.train()
         with torch.enable_grad():
-            loss = self._model(ids, labels=ids, use_cache=False).loss
-            loss.backward()
+            self._model(ids, labels=ids, use_cache=False).loss.backward()
         self._model.zero_grad()
         self._model.eval()
-        return float(loss)
 
     def time_parts(self, count: int) -> dict[str, float]:
         """Median seconds of a token: in the call of all layers, in the head, and in all."""
@@ -284,13 +282,16 @@ class Work(NamedTuple):
     kind: str  # "prefill", "decode" or "train"
     size: int  # tokens, or texts of "decode"
 
-    def do(self, decoder: Decoder, count: int) -> tuple[int, Any]:
-        """Its tokens, and an answer."""
-        if self.kind == "prefill":
-            return self.size, decoder.logits([1 + place % 1000 for place in range(self.size)])
+    def do(self, decoder: Decoder, count: int) -> int:
+        """Its tokens."""
+        if self.kind == "decode":
+            decoder.decode(1, count, self.size)
+            return self.size * count
         if self.kind == "train":
-            return self.size, cast(InTransformers, decoder).train(self.size)
-        return self.size * count, decoder.decode(1, count, self.size)
+            cast(InTransformers, decoder).train(self.size)
+        else:
+            decoder.logits([1 + place % 1000 for place in range(self.size)])
+        return self.size
 
 
 def list_works(prompts: Sequence[int], trained: Sequence[int] = ()) -> dict[str, Work]:
@@ -337,9 +338,9 @@ def _serve(
             connection.send(("ok", cast(InTransformers, decoders[name]).time_parts(count)))
             continue
         before, start = busy_seconds_elsewhere(), perf_counter()
-        num_tokens, answer = work.do(decoders[name], count)
+        num_tokens = work.do(decoders[name], count)
         seconds = perf_counter() - start
-        connection.send(("ok", (seconds / num_tokens, seconds, busy_seconds_elsewhere() - before, answer)))
+        connection.send(("ok", (seconds / num_tokens, seconds, busy_seconds_elsewhere() - before)))
 
 
 class Plan(NamedTuple):
@@ -373,7 +374,6 @@ class _Case:
         self.results: dict[str, dict[str, Any]] = {}
         self.skipped: list[dict[str, str]] = []
         self.taken: dict[tuple[str, str], list[tuple[list[float], bool]]] = {}
-        self.answers: dict[tuple[str, str], Any] = {}
         self._stack, self._model, self._name = stack, model, name
         self._arguments = model, stack.enter_context(TemporaryDirectory()), length, thread_count
         self._expected: Tensor | None = None
@@ -410,7 +410,7 @@ class _Case:
                 continue
             wait_for_quiet(1.0)
             child.connection.send((maker, work, count))
-            each, seconds, busy, self.answers[maker, name] = child.receive()
+            each, seconds, busy = child.receive()
             if is_timed:
                 self.taken.setdefault((maker, name), []).append(([each], busy <= STIRRED * seconds + TICK))
 
@@ -446,10 +446,7 @@ def measure(
                     child.close()
                     del children[group]
     rate = median(reads)
-    first = next(iter(case.results))
     for maker, row in case.results.items():
-        tokens, expected = case.answers[maker, "decode"], case.answers[first, "decode"]
-        row["same_tokens"] = next((i for i in range(count) if tokens[i] != expected[i]), count)
         taken = {work: case.taken[maker, work] for work in works if (maker, work) in case.taken}
         row["tokens_per_second"] = {work: 1 / median(counted(turns)) for work, turns in taken.items()}
         row["quiet_turns"] = sum(is_quiet for turns in taken.values() for _, is_quiet in turns)
@@ -522,18 +519,15 @@ def markdown(results: dict[str, Any]) -> str:
         work for case in results["cases"] for row in case["results"] for work in row["tokens_per_second"]
     ))  # fmt: skip
     for case in results["cases"]:
-        base = case["results"][0]["tokens_per_second"]
         for row in case["results"]:
             rates = row["tokens_per_second"]
             error = f"{row['error']:.1%}" if row["error"] else ""
             speeds = {work: f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for work, rate in rates.items()}
             if "of_read" in row:
                 speeds["decode"] += f" ({row['of_read']:.0%})"
-            lines.append([case["model"], row["implementation"], *(speeds.get(work, "") for work in works),
-                          f"{rates['decode'] / base['decode']:.2f}", error,
-                          f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
+            lines.append([case["model"], row["implementation"], *(speeds.get(work, "") for work in works), error])
     rates = [f"{work}, tokens/s" for work in works]
-    header = ["model", "implementation", *rates, "decode / first row", "logits differ by", "same tokens"]
+    header = ["model", "implementation", *rates, "logits differ by"]
     about = results["machine"]
     note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}."
     if any("of_read" in row for case in results["cases"] for row in case["results"]):
@@ -556,13 +550,8 @@ def _parts_table(cases: list[dict[str, Any]]) -> str:
             if parts := row.get("parts"):
                 read = case["token_bytes"] - case["head_bytes"], case["head_bytes"]
                 both = zip(read, (parts["layers"], parts["head"]), strict=True)
-                cells = [f"{1e3 * t:.1f}: {size / 1e9:.3g} GB, {size / t / case['read_rate']:.0%}" for size, t in both]
+                cells = [f"{1e3 * t:.1f}: {size / t / case['read_rate']:.0%}" for size, t in both]
                 rest = parts["all"] - parts["layers"] - parts["head"]
-                lines.append([case["model"], *cells, f"{1e3 * rest:.1f}, {rest / parts['all']:.0%}"])
-    header = [
-        "a token, ms",
-        "layers: weights, of a plain read",
-        "head: weights, of a plain read",
-        "all else, of the token",
-    ]
+                lines.append([case["model"], *cells, f"{1e3 * rest:.1f}: {rest / parts['all']:.0%}"])
+    header = ["a token, ms", "layers: of a plain read", "head: of a plain read", "all else: of the token"]
     return f"\n{markdown_table(header, lines, left=(0,))}" if lines else ""

@@ -45,8 +45,8 @@ class Server(NamedTuple):
 SERVERS = {
     "transformers": Server(False, {}),
     "switchgear": Server(True, {}),
-    "transformers, continuous batching": Server(False, BATCHING),
-    "switchgear, continuous batching": Server(True, BATCHING),
+    "transformers, batching": Server(False, BATCHING),
+    "switchgear, batching": Server(True, BATCHING),
 }
 
 
